@@ -20,7 +20,7 @@ from fedcompo.engine.run_folder import RUN
 from fedcompo.errors import ConfigError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import write_atomically
-from fedcompo.storage.tensorstream import file_sha256
+from fedcompo.storage.identity import identity
 from server.exchange.kept_answers import KeptAnswers
 
 FORMAT_VERSION = 1
@@ -123,4 +123,4 @@ def clear(output: Path) -> None:
 
 def _same(known: Mapping[str, str], folder: Path) -> bool:
     """Whether a member's files are those of a folder."""
-    return all(known.get(path.name) == file_sha256(path) for path in folder.iterdir())
+    return all(known.get(path.name) == identity(path) for path in folder.iterdir())

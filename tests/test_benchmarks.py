@@ -16,7 +16,7 @@ from registry_builders import member, registry_of
 from safetensors.torch import load_file, save_file
 
 from fedcompo.config.choices import Wire
-from fedcompo.storage.tensorstream import TensorDigest
+from fedcompo.storage.digests import TensorDigest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 OPERATIONS = ["add", "remove", "compose", "load_file_mean", "safe_open_mean"]

@@ -31,7 +31,7 @@ from fedcompo.backbone.stored import StoredBackbone, stored_at
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights
-from fedcompo.storage import tensorfile
+from fedcompo.storage.digests import tensor_digest
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
             origin = Origin.of(cfg, from_hub=not name.startswith(LOCAL))
     model = model.float().eval().requires_grad_(False)
     require_finite(model.state_dict())
-    digest = tensorfile.tensor_digest(model.state_dict())
+    digest = tensor_digest(model.state_dict())
     model = model.to(device)
     return Backbone(
         model,

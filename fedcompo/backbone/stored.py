@@ -5,7 +5,6 @@ Torch and timm are imported where weights are used: the description is read with
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedcompo.backbone.origin import Origin
 from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.storage.manifest import require_content
-from fedcompo.storage.tensorstream import StreamedTensors, save_streamed
+from fedcompo.storage.tensorstream import Guard, StreamedTensors, save_streamed
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +50,12 @@ def stored_at(path: Path) -> StoredBackbone | None:
 class StoredBackbone:
     """Pre-trained weights on disk; each weight is read when it is used."""
 
-    def __init__(self, path: Path, *, guard: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, *, guard: Guard = lambda wrong: None) -> None:
         """Read the header of a file that :func:`save_backbone` wrote.
 
         Args:
             path: The file.
-            guard: Called before each read; raises if the file must not be trusted.
+            guard: See :class:`~fedcompo.storage.tensorstream.StreamedTensors`.
 
         Raises:
             FileFormatError: If it is altered, or no backbone.

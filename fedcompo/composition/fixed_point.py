@@ -51,9 +51,10 @@ PIECE = 1 << 16
 class Rounding:
     """Digest and length of a task vector on the grid, fed one weight at a time, in their order."""
 
-    def __init__(self, newcomer: str = "") -> None:
+    def __init__(self, newcomer: str = "", *, hashed: bool = False) -> None:
         """Start with nothing; a newcomer, named here, is refused if it changes a weight too far."""
-        self._digest, self._squared, self._newcomer = hashlib.sha256(), 0.0, newcomer
+        self._digest = hashlib.sha256() if hashed else None
+        self._squared, self._newcomer = 0.0, newcomer
 
     def update(self, name: str, values: Tensor, weight: Tensor) -> None:
         """Take in the rounded change of one weight, (out, in), int64.
@@ -61,7 +62,8 @@ class Rounding:
         Raises:
             ContributionError: If a newcomer's is longer than :data:`LONGEST` times the weight.
         """
-        hash_rounded(self._digest, name, values)
+        if self._digest is not None:
+            hash_rounded(self._digest, name, values)
         squared = squared_length(values)
         self._squared += squared
         if self._newcomer and not (length := math.sqrt(squared)) <= LONGEST * float(weight.norm()):
@@ -73,8 +75,8 @@ class Rounding:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 so far, hexadecimal."""
-        return self._digest.hexdigest()
+        """SHA-256 so far, hexadecimal; empty if it is not hashed."""
+        return self._digest.hexdigest() if self._digest is not None else ""
 
     @property
     def squared_norm(self) -> float:

@@ -19,7 +19,7 @@ from fedcompo.errors import FedcompoError, FileFormatError
 from fedcompo.messages.body import Body
 from fedcompo.messages.wire import decode
 from fedcompo.storage import tensorfile
-from fedcompo.storage.tensorstream import NAMES
+from fedcompo.storage.header import NAMES
 
 PAYLOAD = "payload"
 REFUSAL = "refusal"

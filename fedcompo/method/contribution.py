@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.storage.files import CARD, CONTENT, FISHER, write_atomically
-from fedcompo.storage.manifest import require_content
+from fedcompo.storage.manifest import OWN, require_content
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
 
@@ -89,7 +90,7 @@ class Contribution:
         *,
         with_fisher: bool = True,
         check: bool = False,
-        guard: Callable[[Path], None] = lambda path: None,
+        guard: Callable[[Path, str], None] = lambda path, wrong: None,
     ) -> Contribution:
         """Open a folder that :meth:`save` wrote; each tensor is read when it is used.
 
@@ -97,15 +98,15 @@ class Contribution:
             folder: The contribution's own folder.
             with_fisher: Open the Fisher too, if there is one.
             check: Read every tensor now and compare it with its digest.
-            guard: Called with a file's path before a tensor is read from it; raises if the file is
-                not to be trusted.
+            guard: Called with a file's path before a tensor is read from it, and with what is wrong
+                with the tensor, else nothing; raises if the file is not to be trusted.
 
         Raises:
             FileFormatError: If a file is missing, truncated, altered, or not this client's.
             BackboneMismatch: If its Fisher was estimated at other pre-trained weights.
         """
         path, fisher_path = folder / CONTENT, folder / FISHER
-        tensors = StreamedTensors(path, guard=lambda: guard(path))
+        tensors = StreamedTensors(path, guard=partial(guard, path))
         manifest = tensors.manifest
         require_content(manifest, "contribution", path)
         stated = _checked_card(folder, manifest)
@@ -114,7 +115,7 @@ class Contribution:
         fisher = None
         if with_fisher and FISHER in stated:
             owner = {key: str(manifest.get(key)) for key in ("client", "base")}
-            fisher = load_fisher(fisher_path, **owner, guard=lambda: guard(fisher_path))
+            fisher = load_fisher(fisher_path, **owner, guard=partial(guard, fisher_path))
             file = StreamedTensors(fisher_path)
             _same_digest(folder, FISHER, stated, file.manifest["tensors_sha256"])
             if check:
@@ -187,8 +188,7 @@ def counts_of(statistics: AnyStatistics) -> dict[str, int]:
 
 def _checked_card(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """Refuse a card that differs from the manifest of the tensors; return the card's digests."""
-    own = {"format_version", "fedcompo_version", "tensors_sha256", "sha256"}
-    expected = {key: value for key, value in manifest.items() if key not in own}
+    expected = {key: value for key, value in manifest.items() if key not in OWN}
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         stated = {str(name): str(digest) for name, digest in card.pop("tensors_sha256").items()}

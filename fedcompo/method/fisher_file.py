@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from fedcompo.errors import BackboneMismatch, FileFormatError
 from fedcompo.method.fisher import FisherDiagonal
-from fedcompo.storage import tensorfile
 from fedcompo.storage.manifest import require_content
-from fedcompo.storage.tensorstream import Section, StreamedTensors
+from fedcompo.storage.tensorstream import Guard, Section, StreamedTensors, save_streamed
 
 OLD_HEAD = ("head.weight", "head.bias")
 """Entries of the Fisher files of earlier versions, which are not read; their rows belong to the
@@ -30,12 +28,11 @@ def save_fisher(path: Path, fisher: FisherDiagonal, *, client: str, base: str, *
         "num_examples": fisher.num_examples,
         **about,
     }
-    tensorfile.save(path, sums, manifest)
-    return tensorfile.tensor_digest(sums)
+    return save_streamed(path, sums, manifest)
 
 
 def load_fisher(
-    path: Path, *, client: str, base: str, guard: Callable[[], None] | None = None
+    path: Path, *, client: str, base: str, guard: Guard | None = None
 ) -> FisherDiagonal:
     """Read a file that :func:`save_fisher` wrote; the head's rows in an old one are left out.
 
@@ -51,7 +48,7 @@ def load_fisher(
         FileFormatError: If it is truncated, altered, incomplete, or not this client's.
         BackboneMismatch: If it was estimated at other pre-trained weights.
     """
-    sums = StreamedTensors(path, guard=guard or (lambda: None))
+    sums = StreamedTensors(path, guard=guard or (lambda wrong: None))
     manifest = sums.manifest
     require_content(manifest, "fisher", path)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -16,6 +17,13 @@ from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.method.ranges import PARAMETER, check_range
+from fedcompo.storage.digests import digests_of
+from fedcompo.storage.manifest import digest_of_all
+
+TENSORS = "tensors:"
+"""Mark of a SHA-256 of a task vector's tensors, as they are stored."""
+NOTHING = TENSORS + "0" * 64
+"""Stands for that of every task vector of zeros: who learnt nothing is nobody's copy."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,12 @@ class TaskVector:
     def names(self) -> tuple[str, ...]:
         """Names of the weights it changes, sorted."""
         return tuple(sorted({name.rpartition("/")[0] for name in self.tensors}))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Marked SHA-256 of its tensors; a file of format 2 states it, so nothing is read."""
+        stated = getattr(self.tensors, "digests", {})
+        return TENSORS + digest_of_all(stated or digests_of(self.tensors, prefix="task_vector/"))
 
     def delta(self, name: str, weight: Tensor) -> Tensor:
         r"""Return the change of one weight.

@@ -26,7 +26,7 @@ from fedcompo.method.task_vector import TaskVector
 from fedcompo.names import check_class_names, check_client_name, check_distinct
 from fedcompo.registry.company import LIMITS, Company, Known
 from fedcompo.registry.owners import check_owner
-from fedcompo.registry.removed import statistics_digest
+from fedcompo.registry.removed import statistics_digest, vector_digest
 from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical
 
 
@@ -42,7 +42,8 @@ def admit(contribution: Contribution, company: Company, *, empty: bool = False) 
     check_parts(contribution, company)
     client = contribution.client
     rounding = rounding_of(client, contribution.task_vector, company)
-    known = Known(contribution.head.classes, math.sqrt(rounding.squared_norm), rounding.sha256)
+    digest = vector_digest(contribution.task_vector, rounding)
+    known = Known(contribution.head.classes, math.sqrt(rounding.squared_norm), digest)
     check_change(client, known, company, empty=empty)
     return known
 
@@ -206,12 +207,12 @@ def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
 
 
 def rounding_of(client: str, vector: TaskVector, company: Company) -> Rounding:
-    """Return digest and length, on the grid of the running sum, of a task vector that fits.
+    """Return the length of a task vector that fits, and its digest where one is compared with.
 
     Raises:
         ContributionError: If it is far longer than the weights: its training diverged.
     """
-    rounding = Rounding(newcomer=client)
+    rounding = Rounding(client, hashed=company.removed.by_rounding)
     for name in sorted(company.shapes):
         weight = company.weights[name]
         rounding.update(name, rounded(vector, name, weight, owner=f"client {client!r}"), weight)
@@ -284,7 +285,7 @@ def stage_contribution(source: Contribution | Path, folder: Path) -> Contributio
                 with (folder / name).open("rb") as copy:
                     os.fsync(copy.fileno())
     try:
-        staged = Contribution.open(folder, check=True)
+        staged = Contribution.open(folder, check=isinstance(source, Path))
     except FileFormatError as error:
         if isinstance(source, Path):  # name the file that will still be there
             raise FileFormatError(str(error).replace(str(folder), str(source))) from error

@@ -78,8 +78,8 @@ def add(
         after = replace(after, settings=after.settings.with_caps(counts))  # the first choose caps
         after = draft.compose(after, coming=list(coming.values()), going=gone)
         for client, member in coming.items():
-            rounding = draft.roundings[client]
-            own = Known(member.classes, math.sqrt(rounding.squared_norm), rounding.sha256)
+            norm, digest = math.sqrt(draft.norms[client]), after.members[client].rounded_sha256
+            own = Known(member.classes, norm, digest)
             with blaming(client):
                 check_change(client, own, company, empty=empty)
             company = company.joined({client: own})
@@ -155,7 +155,7 @@ def _record(
         survivors=tuple(after.members),
         classes_after=after.classes,
         kept_versions=tuple(n for n, kept in after.kept.items() if client in kept["clients"]),
-        recomposed=draft.recomposed,
+        recomposed=False,
         influence=foreseen_influence(draft.entries, client, tuple(after.members)),
         fedcompo_version=version("fedcompo"),
         caps=after.settings.caps,

@@ -13,13 +13,14 @@ from fedcompo.composition.fixed_point import Rounding
 from fedcompo.data.tasks import client_of
 from fedcompo.errors import FedcompoError
 from fedcompo.method.contribution import Contribution
+from fedcompo.method.task_vector import NOTHING
 from fedcompo.registry.admission import check_features, rounding_of
 from fedcompo.registry.company import Company
 from fedcompo.registry.history import Stay, stays_in
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.rederivation import Finding
-from fedcompo.registry.removed import STATISTICS, VECTOR, statistics_digest
+from fedcompo.registry.removed import STATISTICS, VECTOR, Removed, statistics_digest
 from fedcompo.storage.files import CONTENT
 
 
@@ -44,9 +45,8 @@ class Comebacks:
             strangers: Files in the registry's folder that it does not know.
         """
         state, stored = registry.state, registry.backbone
-        self._company = Company(
-            state.settings, state.base, stored.num_features, stored.theta_shapes, stored.tensors
-        )
+        about = state.settings, state.base, stored.num_features, stored.theta_shapes
+        self._company = Company(*about, stored.tensors, removed=Removed(registry))
         self._stays: dict[str, list[Stay]] = {}
         asked = {entry.sequence: entry.details.get("requested_by", "") for entry in entries}
         self._askers: dict[float, str] = {line: who for line, who in asked.items() if who}
@@ -62,7 +62,7 @@ class Comebacks:
             rounded = state.members[stay.client].rounded_sha256
             self._note(stay, rounded, statistics_digest(own.statistics))
             if stay.since > derived_since:
-                self._note(stay, self._rounded(own))
+                self._note(stay, self._vector(own))
         for path in strangers:
             if path.name == CONTENT:
                 self._look_into(path.parent)
@@ -91,7 +91,7 @@ class Comebacks:
             return Finding(claim, None, detail)
         known = dict.fromkeys(self._stays.get(digest, ()))
         since = [stay for stay in known if stay.until > line]
-        if not since or (part == VECTOR and digest == self._empty()):
+        if not since or (part == VECTOR and digest in (NOTHING, self._empty())):
             return Finding(claim, True)
         before = {owner(s.client) for s in known if s.since < line and part != VECTOR}
         others = [stay for stay in since if owner(stay.client) != owner(client)]
@@ -122,14 +122,18 @@ class Comebacks:
             self._note(stay, statistics_digest(found.statistics))
             vector = found.task_vector  # whatever it says that it was trained on
             vector.check(self._company.shapes, base=vector.base, owner=str(folder))
-            self._note(stay, self._rounded(found))
+            self._note(stay, self._vector(found))
 
-    def _rounded(self, own: Contribution) -> str:
-        return rounding_of(own.client, own.task_vector, self._company).sha256
+    def _vector(self, own: Contribution) -> str:
+        if self._company.removed.by_rounding:
+            return rounding_of(own.client, own.task_vector, self._company).sha256
+        for _ in own.task_vector.tensors.values():
+            pass  # what is read is compared with the digests that the file states
+        return own.task_vector.sha256
 
     def _empty(self) -> str:
-        """Digest of a task vector of zeros, as a client that learnt nothing has one."""
-        shapes, rounding = self._company.shapes, Rounding()
+        """Digest of a task vector of zeros, rounded, as a client that learnt nothing has one."""
+        shapes, rounding = self._company.shapes, Rounding(hashed=True)
         for name, shape in sorted(shapes.items()):
             zeros = torch.zeros(shape.shape, dtype=torch.int64)
             rounding.update(name, zeros, zeros)

@@ -53,7 +53,7 @@ class Known:
     norm: float | None = None
     """Length of its task vector; None: not known."""
     rounded_sha256: str = ""
-    """SHA-256 of its task vector on the grid of the running sum; empty: not known."""
+    """Digest of its task vector, see :class:`~fedcompo.registry.state.Member`; empty: not known."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedcompo.composition import version
-from fedcompo.composition.fixed_point import Rounding, Term
+from fedcompo.composition.fixed_point import Term
 from fedcompo.composition.head import SHRINKAGE, head_from_total, joint_head
 from fedcompo.composition.realigned import realigned_head, save_realigned
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
@@ -26,11 +26,12 @@ from fedcompo.registry import journal, transaction
 from fedcompo.registry.admission import check_parts, stage_contribution
 from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.removed import Removed, vector_digest
 from fedcompo.registry.state import Member, State
 from fedcompo.report.progress import step
+from fedcompo.storage.digests import tensor_digest
 from fedcompo.storage.files import REALIGNED, SUM, TOTALS
-from fedcompo.storage.tensorfile import tensor_digest
-from fedcompo.storage.tensorstream import file_sha256
+from fedcompo.storage.identity import identity
 
 CLIENTS, VERSIONS = "clients", "versions"
 
@@ -84,10 +85,8 @@ class Draft:
     """Files and folders to delete after the commit, relative to the registry."""
     exchanges: list[str] = field(default_factory=list)
     """Staged files that take the place of others, relative to the registry."""
-    roundings: dict[str, Rounding] = field(default_factory=dict)
-    """Of the task vectors that went into the sum, by client."""
-    recomposed: bool = False
-    """Whether the sum was taken anew."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Squared lengths of the task vectors that are new in the sum, by client."""
 
     def __post_init__(self) -> None:
         self.before, self.entries = self.registry.state, self.registry.entries()
@@ -117,7 +116,7 @@ class Draft:
             kind=str(staged.task_vector.kind),
             num_examples=staged.num_examples,
             classes=staged.head.classes,
-            files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+            files={path.name: identity(path) for path in sorted(folder.iterdir())},
             statistics_sha256=_statistics_digest(staged),
             rounded_sha256="",
             lineage=staged.lineage,
@@ -157,7 +156,7 @@ class Draft:
             about=after.about,
         )
         self.moves.append(place)
-        files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        files = {path.name: identity(path) for path in sorted(folder.iterdir())}
         return replace(after, version=place, files=files)
 
     def _add_up(
@@ -165,29 +164,21 @@ class Draft:
     ) -> tuple[State, float]:
         """Write the running sum; return the members with what is known of them, and its length."""
         path, backbone = folder / SUM, self.registry.backbone
-        known, times = list(coming), after.settings.times
+        times, hashed = after.settings.times, Removed(self.registry).by_rounding
         terms = [replace(self._term(m, times(m.num_examples)), is_new=True) for m in coming]
         terms += [self._term(m, -times(m.num_examples)) for m in going]
         before = self.registry.running_sum() if self.before.version else None
-        try:
-            roundings, squared_norm = version.write_sum(
-                path, backbone, terms, count=after.count, before=before
-            )
-        except version.RoundedDifferently as error:
-            step(f"composing from all members: {error} rounds otherwise on this machine")
-            self.recomposed = True
-            path.unlink()
-            known = list(after.members.values())
-            terms = [self._term(member, times(member.num_examples)) for member in known]
-            terms = [replace(term, rounded_sha256="") for term in terms]
-            roundings, squared_norm = version.write_sum(path, backbone, terms, count=after.count)
+        roundings, squared_norm = version.write_sum(
+            path, backbone, terms, count=after.count, before=before, hashed=hashed
+        )
         members = dict(after.members)
-        for member, rounding in zip(known, roundings, strict=False):  # who goes comes last
-            self.roundings[member.client], norm = rounding, member.squared_norm
-            if norm is None and (self._of_sums or after.settings.max_norm_ratio):
-                norm = rounding.squared_norm
+        for member, term, rounding in zip(coming, terms, roundings, strict=False):  # others go
+            self.norms[member.client] = norm = rounding.squared_norm
+            measured = self._of_sums or bool(after.settings.max_norm_ratio)
             members[member.client] = replace(
-                member, rounded_sha256=rounding.sha256, squared_norm=norm
+                member,
+                rounded_sha256=vector_digest(term.vector, rounding),
+                squared_norm=norm if measured else None,
             )
         return replace(after, members=members), squared_norm
 
@@ -248,7 +239,7 @@ class Draft:
     def _term(self, member: Member, times: int) -> Term:
         """Return a member's term of the sum."""
         vector = self.opened(member).task_vector
-        return Term(member.client, vector, times, member.rounded_sha256)
+        return Term(member.client, vector, times)
 
     def _statistics(self, member: Member) -> AnyStatistics:
         """Read a member's statistics alone, and compare them with a digest of their own."""
@@ -265,8 +256,6 @@ class Draft:
         """Write the journal's lines and the new state, and commit."""
         roots = {"root_before": self.before.root, "root_after": after.root}
         outcome: dict[str, Any] = {**roots, **after.chosen}
-        if self.recomposed:  # the members' rounded forms are those of this machine now
-            outcome["rounded"] = {c: m.rounded_sha256 for c, m in after.members.items()}
         *first, (event, details) = events
         entries = journal.follow(self.entries[-1], [*first, (event, {**details, **outcome})])
         after = replace(after, sequence=entries[-1].sequence, journal_sha256=entries[-1].sha256)

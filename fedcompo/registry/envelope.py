@@ -73,8 +73,12 @@ class Envelope:
 def statement_of(
     predicate_type: str, subject: Mapping[str, str], predicate: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Make a statement about files or other things, given by name with their SHA-256."""
-    files = [{"name": name, "digest": {"sha256": subject[name]}} for name in sorted(subject)]
+    """Make a statement about files or other things, given by name with their SHA-256.
+
+    One that is marked, as of a file's header, is under its mark: other tools do not know it.
+    """
+    parts = {name: digest.rpartition(":") for name, digest in sorted(subject.items())}
+    files = [{"name": name, "digest": {p[0] or "sha256": p[2]}} for name, p in parts.items()]
     return {
         "_type": STATEMENT_TYPE,
         "subject": files,
@@ -106,7 +110,7 @@ def opened(data: bytes, *, source: str) -> Envelope:
         signed = [(one["keyid"], base64.b64decode(one["sig"])) for one in values["signatures"]]
         envelope = Envelope(payload, tuple(signed))
         statement = envelope.statement
-        subject = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
+        subject = {one["name"]: _marked(**one["digest"]) for one in statement["subject"]}
         again = statement_of(statement["predicateType"], subject, statement["predicate"])
         intact = canonical(again).encode() == payload and envelope.data == data
         intact = intact and bool(signed and subject)
@@ -121,3 +125,8 @@ def opened(data: bytes, *, source: str) -> Envelope:
             "program wrote it."
         )
     return envelope
+
+
+def _marked(sha256: str = "", **others: str) -> str:
+    """Put a digest's mark before it again."""
+    return sha256 or "".join(f"{mark}:{digest}" for mark, digest in others.items())

@@ -24,8 +24,7 @@ class Stay:
     values: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What the journal says of it."""
     rounded: tuple[str, ...] = field(default=(), compare=False)
-    """SHA-256 of its task vector on the grid of the running sum; several, if machines that round
-    differently have composed it."""
+    """Digests of its task vector; several, if machines that rounded differently composed it."""
 
     def __str__(self) -> str:
         """Who it is, and when."""

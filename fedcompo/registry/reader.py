@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ from fedcompo.storage.files import (
     TOTALS,
     WEIGHTS,
 )
-from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
+from fedcompo.storage.identity import identity
+from fedcompo.storage.tensorstream import StreamedTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,12 +62,12 @@ class RegistryReader:
                 "Name the folder of a registry, such as <output>/registry of a run."
             )
         recover_if_idle(self.path)
-        self._trusted: set[tuple[str, int, int]] = set()
+        self._trusted: set[tuple[str, int, int, int, int]] = set()
         self.state = State.read(self.path / STATE)
         self.identity, self.created = read_about(self.path / ABOUT, self.state)
         path, digest = self.path / BACKBONE, self.state.fixed.get(BACKBONE, "")
         with self._reading(path):
-            self.backbone = StoredBackbone(path, guard=lambda: self.check_file(path, digest))
+            self.backbone = StoredBackbone(path, guard=partial(self.check_file, path, digest))
         if self.backbone.fingerprint != self.state.base:
             raise RegistryDamaged(
                 f"{path} holds {self.backbone.fingerprint}, the registry was made "
@@ -123,8 +125,8 @@ class RegistryReader:
         member = self.member(client)
         folder = self.path / member.folder
 
-        def guard(file: Path) -> None:
-            self.check_file(file, member.files.get(file.name, ""))
+        def guard(file: Path, wrong: str = "") -> None:
+            self.check_file(file, member.files.get(file.name, ""), wrong)
 
         guard(folder / CARD)
         with self._reading(folder):
@@ -215,23 +217,25 @@ class RegistryReader:
             )
         return entries
 
-    def check_file(self, path: Path, sha256: str) -> None:
-        """Compare a file with its SHA-256; once for each opening of the registry.
+    def check_file(self, path: Path, stated: str, wrong: str = "") -> None:
+        """Compare a file with its identity, once for each opening of the registry.
 
         Raises:
-            RegistryDamaged: If it is missing, altered, or was replaced.
+            RegistryDamaged: If it is missing, altered, or was replaced, or something else is wrong.
         """
+        if wrong:
+            raise self._fault(wrong)
         try:
-            status = path.stat()
-            key = (str(path), status.st_mtime_ns, status.st_ino)
+            now = path.stat()
+            key = (str(path), now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
             if key in self._trusted:
                 return
-            digest = file_sha256(path)
+            digest = identity(path)
         except OSError as error:
             raise self._fault(f"{path} cannot be read: {error.strerror}") from error
-        if digest != sha256:
+        if digest != stated:
             raise self._fault(
-                f"{path} has SHA-256 {digest[:16]}…, expected {sha256[:16]}…: it was altered"
+                f"{path} has SHA-256 {digest[:16]}…, expected {stated[:16]}…: it was altered"
             )
         self._trusted.add(key)
 
@@ -242,7 +246,7 @@ class RegistryReader:
             )
         path, digest = self.path / self.state.version / name, self.state.files[name]
         with self._reading(path):
-            return StreamedTensors(path, guard=lambda: self.check_file(path, digest))
+            return StreamedTensors(path, guard=partial(self.check_file, path, digest))
 
     @contextmanager
     def _reading(self, path: Path) -> Iterator[None]:

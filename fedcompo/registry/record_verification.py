@@ -25,6 +25,7 @@ from fedcompo.registry.removed import VECTOR, content_of
 from fedcompo.registry.verification import all_but_folders, strangers
 from fedcompo.report.progress import step
 from fedcompo.storage.files import CONFIG, OLD_TOTALS, RULED, SUM, TOTALS, WEIGHTS
+from fedcompo.storage.identity import HEADER, identity, old_sha256
 from fedcompo.storage.tensorstream import file_sha256
 
 READABLE = "the registry can be read"
@@ -140,7 +141,7 @@ def _is_gone(record: RemovalRecord, registry: RegistryReader, unknown: Sequence[
     composed = record.composition_before.items() - record.composition_after.items()
     models = {digest for name, digest in composed if name != CONFIG}
     files = (path for path in all_but_folders(registry.path) if path.is_file())
-    left = [p for p in files if file_sha256(p) in (digests | models if p in unknown else digests)]
+    left = [p for p in files if identity(p) in (digests | models if p in unknown else digests)]
     again = registry.state.members.get(record.client)
     if again is not None and again.added > record.sequence:
         home = registry.path / again.folder
@@ -204,8 +205,11 @@ def _composed_again(
         line = entries[record.sequence - 1 : record.sequence]  # empty if a lie names a later one
         shrinkage = line[0].details.get("shrinkage") if line else SHRINKAGE
         factor = _compose_survivors(Path(folder), record, registry, shrinkage)
-        here = {FACTOR: factor, **{name: file_sha256(Path(folder) / name) for name in files}}
-    stated = {FACTOR: record.factor_after, **record.composition_after}
+        stated = {FACTOR: record.factor_after, **record.composition_after}
+        here: dict[str, object] = {FACTOR: factor}
+        for name in files:  # an earlier version wrote its files, and knew them, otherwise
+            is_old = not str(stated.get(name, HEADER)).startswith(HEADER)
+            here[name] = (old_sha256 if is_old else identity)(Path(folder) / name)
     by_machine = {WEIGHTS} if rule.portable else {RULED, WEIGHTS}
     for name in names:  # sums are exact; what differs after them may be this machine's rounding
         detail = f"here it is {here[name]}"

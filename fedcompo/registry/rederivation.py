@@ -18,7 +18,9 @@ from fedcompo.composition.scale import FactorBy, norm_preserving
 from fedcompo.composition.totals import exact_tensors, total_after
 from fedcompo.composition.version import terms_of
 from fedcompo.method.heads import Head
+from fedcompo.method.task_vector import TENSORS
 from fedcompo.registry.reader import RegistryReader
+from fedcompo.registry.removed import vector_digest
 from fedcompo.registry.state import State
 from fedcompo.storage.files import REALIGNED, canonical
 
@@ -62,7 +64,8 @@ def recomposed(registry: RegistryReader) -> Finding:
     rule = state.settings.made_by
     pool, ruled = registry.pool(), registry.total()
     terms, times = terms_of(pool, state.settings), times_of(pool, state.settings)
-    roundings, squared_norm, apart = [Rounding() for _ in terms], 0.0, 0.0
+    known, squared_norm, apart = [m.rounded_sha256 for m in state.members.values()], 0.0, 0.0
+    roundings = [Rounding(hashed=not digest.startswith(TENSORS)) for digest in known]
     for name in sorted(backbone.tensors):
         weight = backbone.tensors[name]
         if name in backbone.target_weights:
@@ -80,9 +83,9 @@ def recomposed(registry: RegistryReader) -> Finding:
             weight = fixed_point.compose(weight, total, factor=state.factor)
         if not torch.equal(weight, model[name]):
             return Finding(claim, False, f"the model differs at {name!r}")
-    for member, rounding in zip(state.members.values(), roundings, strict=True):
-        if rounding.sha256 != member.rounded_sha256:
-            return Finding(claim, False, f"{member.client} is rounded differently here")
+    for member, term, rounding in zip(state.members.values(), terms, roundings, strict=True):
+        if vector_digest(term.vector, rounding) != member.rounded_sha256:
+            return Finding(claim, False, f"{member.client} has a task vector of another digest")
         if member.squared_norm not in (None, rounding.squared_norm):
             return Finding(claim, False, f"{member.client} has another length")
     factor = expected_factor(state, squared_norm)

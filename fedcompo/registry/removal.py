@@ -31,8 +31,8 @@ REVEALS = (
 )
 LIMITS = (
     "Not found is a task vector that was changed by a bit or scaled, merged into another's before "
-    "it was sent, or stored as another kind, which rounds otherwise; nor are changed statistics, "
-    "nor copies outside the registry."
+    "it was sent, or stored by other factors or as another kind; nor are changed statistics, nor "
+    "copies outside the registry."
 )
 
 
@@ -117,9 +117,9 @@ class RemovalRecord:
     classes: tuple[str, ...]
     """The client's own."""
     removed_files: Mapping[str, str]
-    """SHA-256 of each file that was deleted, by name."""
+    """Identity of each file that was deleted, by name; see :mod:`fedcompo.storage.identity`."""
     removed_rounded_sha256: str
-    """SHA-256 of the task vector as it stood in the running sum."""
+    """Digest of the task vector, see :class:`~fedcompo.registry.state.Member`."""
     added: int
     """Number of the journal's line that added it."""
     root_before: str
@@ -127,18 +127,18 @@ class RemovalRecord:
     journal_before: str
     """SHA-256 of the journal's line before."""
     composition_before: Mapping[str, str]
-    """SHA-256 of the composition's files, by name."""
+    """Identity of the composition's files, by name."""
     composition_after: Mapping[str, str]
     survivors: tuple[str, ...]
     classes_after: tuple[str, ...]
     kept_versions: tuple[str, ...]
     """Earlier compositions that contain the client and were kept on request."""
     recomposed: bool
-    """Whether the sum was taken anew over the survivors, because this machine rounds otherwise."""
+    """Whether an earlier version took the sum anew, because its machine rounded otherwise."""
     influence: Influence
     fedcompo_version: str
     removed_content: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the task vector and of the statistics, which hold no name of a client or a class;
+    """Digests of the task vector and of the statistics, which hold no name of a client or a class;
     empty: an earlier version wrote the record, in a format of its own."""
     reveals: str = REVEALS
     limits: str = LIMITS

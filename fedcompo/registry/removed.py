@@ -1,9 +1,8 @@
 """Refuses what was removed and comes back under another name.
 
-It is known by digests that hold no name of a client or a class: of a task vector's values on the
-grid of the running sum, and of the numbers of statistics. A client may bring back its own, under
-its name or another of its members'. :data:`~fedcompo.registry.removal.LIMITS` says what digests
-cannot find.
+It is known by digests that hold no name of a client or a class: of a task vector, and of the
+numbers of statistics. A client may bring back its own, under its name or another of its members'.
+:data:`~fedcompo.registry.removal.LIMITS` says what digests cannot find.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedcompo.composition.fixed_point import Rounding
 from fedcompo.data.tasks import client_of
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics, Contribution
 from fedcompo.method.statistics import FeatureSums
+from fedcompo.method.task_vector import NOTHING, TENSORS, TaskVector
 from fedcompo.registry import journal
 from fedcompo.registry.history import stays_in
 from fedcompo.registry.reader import RegistryReader
@@ -50,6 +51,11 @@ def _rows(first: Tensor, *others: Tensor) -> list[bytes]:
     table = torch.cat([first.unsqueeze(1), *others], dim=1)
     table = table.double() + 0.0 if table.is_floating_point() else table
     return sorted(row.numpy().tobytes() for row in table)
+
+
+def vector_digest(vector: TaskVector, rounding: Rounding) -> str:
+    """What a registry knows a task vector by: its tensors, or its rounded form if it is hashed."""
+    return rounding.sha256 or (vector.sha256 if rounding.squared_norm else NOTHING)
 
 
 def numbers_of(own: Contribution) -> str:
@@ -93,7 +99,7 @@ class Removed:
         if self.registry is None:
             return
         state = self.registry.state
-        past = _removals(self.registry.path / JOURNAL, state.sequence, state.journal_sha256)
+        past, _ = _past(self.registry.path / JOURNAL, state.sequence, state.journal_sha256)
         coming = ((own["client"], {*content_of(own).values()}) for own in self.leaving)
         known = [*past, *coming]
         owners = [owner for owner, content in known if not content.isdisjoint(digests)]
@@ -106,6 +112,17 @@ class Removed:
             "or make a new registry (`fedcompo create`) and add everyone there."
         )
 
+    @property
+    def by_rounding(self) -> bool:
+        """Whether task vectors are compared on the grid of the running sum: earlier versions did.
+
+        Then those that come are, too: in one registry all digests are of one kind.
+        """
+        if self.registry is None:
+            return False
+        state = self.registry.state
+        return _past(self.registry.path / JOURNAL, state.sequence, state.journal_sha256)[1]
+
     def _had(self, client: str, digests: Sequence[str]) -> bool:
         """Whether a member has these statistics already: of the same images, all along."""
         registry = self.registry
@@ -116,7 +133,9 @@ class Removed:
 
 
 @lru_cache(maxsize=4)
-def _removals(path: Path, sequence: int, sha256: str) -> list[tuple[str, set[str]]]:
-    """Read who was removed with what, once for each state of the journal."""
-    gone = (stay for stay in stays_in(journal.read(path, upto=sequence)) if stay.until < math.inf)
-    return [(stay.client, {*stay.rounded, *content_of(stay.values).values()}) for stay in gone]
+def _past(path: Path, sequence: int, sha256: str) -> tuple[list[tuple[str, set[str]]], bool]:
+    """Read who was removed with what, and whether one was rounded, once for each journal."""
+    stays = stays_in(journal.read(path, upto=sequence))
+    gone = (stay for stay in stays if stay.until < math.inf)
+    content = [(own.client, {*own.rounded, *content_of(own.values).values()}) for own in gone]
+    return content, not all(own.rounded[0].startswith(TENSORS) for own in stays)

@@ -1,4 +1,4 @@
-"""The state of a registry, one JSON file: it names every file that counts, with its SHA-256.
+"""The state of a registry, one JSON file: it names every file that counts, with its identity.
 
 The *root* is the SHA-256 over what the registry consists of: its settings, its members' files, the
 composition. It knows no time, no folder and no order of arrival: two registries of the same members
@@ -29,7 +29,7 @@ from fedcompo.registry import journal, signing
 from fedcompo.registry.transaction import JOURNAL, STATE, require_inside
 from fedcompo.runtime import version
 from fedcompo.storage.files import BACKBONE, canonical, tuples, write_atomically
-from fedcompo.storage.tensorstream import file_sha256
+from fedcompo.storage.identity import identity
 
 if TYPE_CHECKING:
     from fedcompo.backbone.backbone import Backbone
@@ -52,11 +52,12 @@ class Member:
     num_examples: int
     classes: tuple[str, ...]
     files: Mapping[str, str]
-    """SHA-256 of each of its files, by name."""
+    """Identity of each of its files, by name; see :mod:`fedcompo.storage.identity`."""
     statistics_sha256: str
     """SHA-256 of its head, its statistics, and their numbers of examples."""
     rounded_sha256: str
-    """SHA-256 of its task vector on the grid of the running sum; empty: not known yet."""
+    """Marked SHA-256 of its task vector's tensors; where earlier versions began the registry, that
+    of its task vector on the grid of the running sum; empty: not known yet."""
     lineage: Lineage
     added: int
     """Number of the journal's line that added it."""
@@ -98,13 +99,13 @@ class State:
     """Fingerprint of the pre-trained weights."""
     settings: CompositionSettings
     fixed: Mapping[str, str]
-    """SHA-256 of the files that never change."""
+    """Identity of the files that never change."""
     members: Mapping[str, Member] = field(default_factory=dict)
     """By client, sorted."""
     version: str = ""
     """Folder of the composition, relative to the registry; empty: nobody is there."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the composition's files, by name."""
+    """Identity of the composition's files, by name."""
     kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Earlier compositions, by folder: their ``clients`` and ``files``."""
     factor: float = 0.0
@@ -272,7 +273,7 @@ def write_new(
     signer = signing.read_or_create(signing.place_of_key(folder, key))
     write_atomically(folder / ABOUT, f"{json.dumps(about, indent=2)}\n".encode())
     write_atomically(folder / PUBLIC, signer.public_pem)
-    fixed = {name: file_sha256(folder / name) for name in (ABOUT, BACKBONE, PUBLIC)}
+    fixed = {name: identity(folder / name) for name in (ABOUT, BACKBONE, PUBLIC)}
     details = {"identity": about["identity"], "base": backbone.fingerprint, "fixed": fixed}
     (entry,) = journal.follow(None, [("created", details)])
     write_atomically(folder / JOURNAL, f"{entry.line}\n".encode())
@@ -282,7 +283,7 @@ def write_new(
 
 def read_about(path: Path, state: State) -> tuple[str, str]:
     """Read the registry's identity and time of creation."""
-    if file_sha256(path) != state.fixed.get(ABOUT):
+    if identity(path) != state.fixed.get(ABOUT):
         raise RegistryDamaged(
             f"{path} was altered, or what {STATE} says of it. Restore the registry from a copy."
         )

@@ -34,7 +34,7 @@ from fedcompo.registry.removed import content_of
 from fedcompo.registry.state import PRIVATE, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, PENDING, STATE
 from fedcompo.report.progress import step
-from fedcompo.storage.tensorstream import file_sha256
+from fedcompo.storage.identity import identity
 
 NOTHING_BACK = "nothing that was removed came back under another name"
 
@@ -179,9 +179,11 @@ def _nothing_back(registry: RegistryReader, entries: Sequence[Entry]) -> Finding
 
 def _file_finding(claim: str, path: Path, digest: str) -> Finding:
     try:
-        actual = file_sha256(path)
+        actual = identity(path, checked=True)
     except OSError as error:
         return Finding(claim, False, f"{path} cannot be read: {error.strerror}")
+    except FileFormatError as error:
+        return Finding(claim, False, str(error))
     return Finding.of(claim, actual == digest, f"{path} has SHA-256 {actual}, expected {digest}")
 
 

@@ -22,6 +22,9 @@ from fedcompo.errors import FileFormatError
 from fedcompo.report.progress import BYTES, track
 from fedcompo.service import registry_pb2 as wire
 from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical, write_atomically
+from fedcompo.storage.identity import HEADER, identity_of
+from fedcompo.storage.identity import identity as digest
+from fedcompo.storage.tensorstream import file_sha256
 
 PIECE = 1 << 18
 """Bytes of a chunk that is sent."""
@@ -37,20 +40,18 @@ CONTRIBUTION = frozenset({CONTENT, CARD}), frozenset({CONTENT, CARD, FISHER})
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Name, size and digest of a complete file."""
+    """Name, size and identity of a complete file, see :mod:`fedcompo.storage.identity`."""
 
     name: str
     size: int
     """Bytes."""
     sha256: str
-    """Hexadecimal."""
+    """Hexadecimal, perhaps marked."""
 
     @classmethod
     def of(cls, name: str, file: BufferedReader) -> FileEntry:
         """Describe an open file."""
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(name, os.fstat(file.fileno()).st_size, sha256)
+        return cls(name, os.fstat(file.fileno()).st_size, identity_of(file))
 
 
 def identity(entries: Sequence[FileEntry]) -> str:
@@ -76,7 +77,8 @@ def check_entries(
             f"{', '.join(sorted(allowed - required)) or 'nothing'} besides."
         )
     for entry in entries:
-        if entry.size < 1 or len(entry.sha256) != 64 or not HEXADECIMAL.issuperset(entry.sha256):
+        digits = entry.sha256.removeprefix(HEADER)
+        if entry.size < 1 or len(digits) != 64 or not HEXADECIMAL.issuperset(digits):
             raise FileFormatError(
                 f"The file {entry.name!r} was announced with {entry.size} bytes and the SHA-256 "
                 f"{entry.sha256[:80]!r}; expected at least one byte, and 64 hexadecimal digits."
@@ -159,12 +161,15 @@ class Incoming:
                 "again to go on from there."
             )
         for name, entry in self.entries.items():
-            with (self.folder / name).open("rb") as file:
-                received = FileEntry.of(name, file)
-            if received != entry:
-                (self.folder / name).unlink()
+            path = self.folder / name
+            try:
+                received = digest(path, checked=True)
+            except FileFormatError:  # its header is right
+                received = file_sha256(path)
+            if received != entry.sha256:
+                path.unlink()
                 raise FileFormatError(
-                    f"{name} arrived with SHA-256 {received.sha256[:16]}…, announced was "
+                    f"{name} arrived with SHA-256 {received[:16]}…, announced was "
                     f"{entry.sha256[:16]}…: it was altered on the way. Send it again."
                 )
 

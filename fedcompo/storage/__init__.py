@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fedcompo._lazy import face
 
 if TYPE_CHECKING:
+    from fedcompo.storage.digests import tensor_digest as tensor_digest
     from fedcompo.storage.files import write_atomically as write_atomically
-    from fedcompo.storage.tensorfile import tensor_digest as tensor_digest
     from fedcompo.storage.tensorstream import StreamedTensors as StreamedTensors
     from fedcompo.storage.tensorstream import TensorWriter as TensorWriter
     from fedcompo.storage.tensorstream import file_sha256 as file_sha256

@@ -1,10 +1,14 @@
-"""The manifest of a tensor file: its description, with a SHA-256 of itself; no torch."""
+"""The manifest of a tensor file: its description, with a SHA-256 of itself; no torch.
+
+In format 2 it has a SHA-256 of each tensor, and ``tensors_sha256`` covers these. In format 1, which
+is still read, ``tensors_sha256`` is of all tensors in one sequence.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +16,31 @@ from fedcompo.errors import FileFormatError
 from fedcompo.runtime import version
 from fedcompo.storage.files import canonical
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, OLD_VERSION = 2, 1
+OWN = ("format_version", "fedcompo_version", "digests", "tensors_sha256", "sha256")
+"""Entries that are derived; all others describe the content."""
 
 
-def complete_manifest(manifest: Mapping[str, Any], tensors_sha256: str) -> dict[str, Any]:
-    """Add versions, the tensors' digest and the seal to a file's description."""
-    complete = {
-        **manifest,
-        "format_version": FORMAT_VERSION,
-        "fedcompo_version": version("fedcompo"),
-        "tensors_sha256": tensors_sha256,
-    }
+def complete_manifest(manifest: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Add versions, the tensors' digests and the seal to a file's description."""
+    own = {"digests": dict(digests), "tensors_sha256": digest_of_all(digests)}
+    return _sealed({**manifest, **own, "format_version": FORMAT_VERSION})
+
+
+def old_manifest(manifest: Mapping[str, Any], tensors_sha256: str) -> dict[str, Any]:
+    """The same as format 1 has it."""
+    own = {"tensors_sha256": tensors_sha256, "format_version": OLD_VERSION}
+    return _sealed({**manifest, **own})
+
+
+def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    complete = {**manifest, "fedcompo_version": version("fedcompo")}
     return {**complete, "sha256": seal(complete)}
+
+
+def digest_of_all(digests: Mapping[str, str]) -> str:
+    """SHA-256 over those of the tensors, given by name."""
+    return hashlib.sha256(canonical(digests).encode()).hexdigest()
 
 
 def seal(manifest: Mapping[str, Any]) -> str:
@@ -41,12 +58,15 @@ def manifest_of(header: Mapping[str, Any], source: object) -> dict[str, Any]:
     """
     text = header["__metadata__"]["manifest"]
     manifest: dict[str, Any] = json.loads(text)
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if (written := manifest.get("format_version")) not in (OLD_VERSION, FORMAT_VERSION):
         raise FileFormatError(
-            f"{source} has format version {manifest.get('format_version')!r}, this fedcompo reads "
+            f"{source} has format version {written!r}, this fedcompo reads {OLD_VERSION} and "
             f"{FORMAT_VERSION}. Use the fedcompo version that wrote it."
         )
-    if manifest.get("sha256") != seal(manifest) or text != canonical(manifest):
+    intact = manifest.get("sha256") == seal(manifest)
+    if written == FORMAT_VERSION:
+        intact = intact and manifest["tensors_sha256"] == digest_of_all(manifest["digests"])
+    if not intact or text != canonical(manifest):
         raise FileFormatError(
             f"The manifest of {source} does not match its own SHA-256: it was altered. "
             "Get the file again."
@@ -54,14 +74,17 @@ def manifest_of(header: Mapping[str, Any], source: object) -> dict[str, Any]:
     return manifest
 
 
-def check_digest(manifest: Mapping[str, Any], actual: str, source: object) -> None:
-    """Raise ``FileFormatError`` if tensors have another SHA-256 than their manifest says."""
-    stated = str(manifest.get("tensors_sha256"))
+def check_digest(
+    stated: object, actual: str, what: str, guard: Callable[[str], None] = lambda wrong: None
+) -> None:
+    """Raise ``FileFormatError`` if something has another SHA-256 than the manifest says.
+
+    A guard is told before, and may raise another error.
+    """
     if stated != actual:
-        raise FileFormatError(
-            f"The tensors of {source} have SHA-256 {actual[:16]}…, the manifest says "
-            f"{stated[:16]}…: they were altered. Get the file again."
-        )
+        wrong = f"{what} has SHA-256 {actual[:16]}…, the manifest says {str(stated)[:16]}…"
+        guard(f"{wrong}: it was altered")
+        raise FileFormatError(f"{wrong}: it was altered. Get the file again.")
 
 
 def require_content(manifest: Mapping[str, Any], content: str, path: Path) -> None:

@@ -1,8 +1,8 @@
 """One file format for disk and wire: safetensors with a manifest, checked as a whole.
 
 A file is an ordinary safetensors file. Its metadata has one entry, ``manifest``: canonical JSON
-that describes the content, with the SHA-256 of the manifest's other entries and of the tensors
-(names, dtypes, shapes, bytes). A file with a changed byte, a missing end or an added tensor is
+that describes the content, with the SHA-256 of the manifest's other entries and of each tensor
+(name, dtype, shape, bytes). A file with a changed byte, a missing end or an added tensor is
 refused on reading. Messages are packed the same way. :mod:`fedcompo.storage.tensorstream` reads and
 writes such files one tensor at a time.
 """
@@ -19,23 +19,20 @@ import safetensors.torch
 from torch import Tensor
 
 from fedcompo.errors import FileFormatError
+from fedcompo.storage.digests import digests_of, tensor_digest
 from fedcompo.storage.files import canonical, write_atomically
-from fedcompo.storage.manifest import check_digest, complete_manifest, manifest_of
-from fedcompo.storage.tensorstream import TensorDigest
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of names; hexadecimal."""
-    digest = TensorDigest()
-    for name in sorted(tensors):
-        digest.add(name, tensors[name])
-    return digest.hexdigest()
+from fedcompo.storage.manifest import (
+    FORMAT_VERSION,
+    check_digest,
+    complete_manifest,
+    manifest_of,
+)
 
 
 def to_bytes(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
     """Pack tensors and a manifest of JSON values, sealed, as a safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    complete = complete_manifest(manifest, tensor_digest(tensors))
+    complete = complete_manifest(manifest, digests_of(tensors))
     metadata = {"manifest": canonical(complete)}
     return bytes(safetensors.torch.save(tensors, metadata=metadata))
 
@@ -76,7 +73,13 @@ def _checked(
     try:
         manifest = manifest_of(json.loads(header), source)
         tensors = read()
-        check_digest(manifest, tensor_digest(tensors), source)
+        if manifest["format_version"] == FORMAT_VERSION:
+            found, stated = digests_of(tensors), manifest["digests"]
+            for name in sorted(found.keys() | stated):
+                what = f"The tensor {name!r} of {source}"
+                check_digest(stated.get(name), found.get(name, "none"), what)
+        else:
+            check_digest(manifest["tensors_sha256"], tensor_digest(tensors), f"What {source} holds")
     except FileFormatError:
         raise
     except Exception as error:  # whatever strange bytes can provoke

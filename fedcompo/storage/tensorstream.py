@@ -2,6 +2,7 @@
 
 Memory is needed for the tensor in use alone, whatever the size of the file. Files are read, not
 mapped: mapped pages count as memory of the process until the system needs them for something else.
+A tensor is compared with its SHA-256 when it is first read, and again once its file has changed.
 
 Torch is imported where tensors are read or written: a header is read without it.
 """
@@ -13,42 +14,49 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fedcompo.errors import FileFormatError
-from fedcompo.storage.files import canonical, replaced, sync
-from fedcompo.storage.manifest import check_digest, complete_manifest, manifest_of
+from fedcompo.storage.digests import (
+    LARGE,
+    Stamp,
+    at_once,
+    is_compared,
+    note_compared,
+    raw_bytes,
+    stamp_of,
+    tensor_digest,
+    tensor_sha256,
+)
+from fedcompo.storage.files import replaced, sync
+from fedcompo.storage.header import DTYPES, Layout, header_bytes, header_of
+from fedcompo.storage.manifest import (
+    FORMAT_VERSION,
+    check_digest,
+    complete_manifest,
+    digest_of_all,
+    manifest_of,
+)
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "U8": ("uint8", 1),
-}
-"""Torch's name and the bytes of one value, by the name of safetensors."""
-NAMES = {f"torch.{name}": key for key, (name, _) in DTYPES.items()}
 
-Layout = Mapping[str, tuple["torch.dtype", tuple[int, ...]]]
-"""Dtype and shape of each tensor, by name."""
+Guard = Callable[[str], None]
 
 
 class StreamedTensors(Mapping[str, "Tensor"]):
     """The tensors of a file; each is read at every access, and not kept."""
 
-    def __init__(self, path: Path, *, guard: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, *, guard: Guard = lambda wrong: None) -> None:
         """Read the header.
 
         Args:
             path: The file.
-            guard: Called before a tensor is read; raises if the file is not to be trusted.
+            guard: Called before a tensor is read; raises if the file is not to be trusted. It is
+                given what is wrong with a tensor, else nothing.
 
         Raises:
             FileFormatError: If the file cannot be read, is truncated, or its header does not
@@ -57,17 +65,23 @@ class StreamedTensors(Mapping[str, "Tensor"]):
         self.path, self._guard = path, guard
         try:
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, size)))
-            self._start = 8 + length
+                size, text = os.fstat(file.fileno()).st_size, header_of(file)
+            header = json.loads(text[8:])
+            self._start, self._sha256 = len(text), hashlib.sha256(text).hexdigest()
             self.manifest = manifest_of(header, path)
+            self.digests: dict[str, str] = self.manifest.get("digests", {})
+            """SHA-256 of each tensor, by name; empty in format 1."""
             self._places = {
                 str(name): (*DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
             self._check_places(size - self._start)
+            if self._is_old:
+                self.digests = {}
+            elif self.digests.keys() != self._places.keys():
+                raise ValueError("its digests are of other tensors")
+            self._numbers = {name: number for number, name in enumerate(self)}
         except FileFormatError:
             raise
         except OSError as error:
@@ -79,25 +93,37 @@ class StreamedTensors(Mapping[str, "Tensor"]):
             ) from error
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor."""
+        """Read one tensor; raises ``FileFormatError`` if a byte of it was altered."""
+        tensor, stamp = self._read(name)
+        if not self._is_old and not is_compared(stamp, self._numbers[name]):
+            self._compare(name, tensor, stamp)
+        return tensor
+
+    def _compare(self, name: str, tensor: Tensor, stamp: Stamp) -> None:
+        number, what = self._numbers[name], f"The tensor {name!r} of {self.path}"
+        check_digest(self.digests[name], tensor_sha256(name, tensor), what, self._guard)
+        note_compared(stamp, range(number, number + 1), len(self))
+
+    def _read(self, name: str) -> tuple[Tensor, Stamp]:
         import numpy as np
         import torch
 
-        self._guard()
+        self._guard("")
         torch_name, _, shape, begin, end = self._places[name]
         dtype = getattr(torch, torch_name)
         try:
             with self.path.open("rb") as file:
+                stamp = stamp_of(self._sha256, file)
                 file.seek(self._start + begin)
                 data = np.fromfile(file, dtype=np.uint8, count=end - begin)
         except OSError as error:
-            self._guard()  # it may know better why
+            self._guard("")  # it may know better why
             raise FileFormatError(f"{self.path} cannot be read: {error.strerror}.") from error
         if len(data) != end - begin:
             raise FileFormatError(f"{self.path} ended before its tensor {name!r}; get it again.")
         if not len(data):  # which torch cannot see as another dtype
-            return torch.empty(shape, dtype=dtype)
-        return torch.from_numpy(data).view(dtype).view(shape)
+            return torch.empty(shape, dtype=dtype), stamp
+        return torch.from_numpy(data).view(dtype).view(shape), stamp
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of this name; nothing is read."""
@@ -119,15 +145,22 @@ class StreamedTensors(Mapping[str, "Tensor"]):
         return {name: (getattr(torch, p[0]), p[2]) for name, p in self._places.items()}
 
     def check(self) -> None:
-        """Read every tensor once and compare their digest with the manifest.
+        """Read every tensor now and compare it with its digest, several at a time.
 
         Raises:
             FileFormatError: If a byte was altered.
         """
-        digest = TensorDigest()
-        for name in self:
-            digest.add(name, self[name])
-        check_digest(self.manifest, digest.hexdigest(), self.path)
+        if not self._is_old:
+            size = self.path.stat().st_size
+            at_once(lambda name: self._compare(name, *self._read(name)), self, size)
+            return
+        what = f"What {self.path} holds"
+        check_digest(self.manifest.get("tensors_sha256"), tensor_digest(self), what)
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether it is of format 1, where one digest covers all tensors."""
+        return bool(self.manifest["format_version"] != FORMAT_VERSION)
 
     def _check_places(self, available: int) -> None:
         """Raise ``ValueError`` for tensors that overlap, leave gaps, or do not fill the file."""
@@ -159,6 +192,12 @@ class Section(Mapping[str, "Tensor"]):
         """Return one tensor."""
         return self._tensors[self._names[name]]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each tensor, by its whole name, as the file says; empty: it does not."""
+        stated = getattr(self._tensors, "digests", {})
+        return {name: stated[name] for name in self._names.values()} if stated else {}
+
     def __iter__(self) -> Iterator[str]:
         """Names, in their order."""
         return iter(self._names)
@@ -171,9 +210,10 @@ class Section(Mapping[str, "Tensor"]):
 class TensorWriter:
     """Writes a file tensor by tensor, in the order of names; use it as a context.
 
-    The digest of the tensors stands in the header, before them. It is written at the end, over a
-    placeholder of the same length. The file is synced to disk when the context ends without an
-    error; the caller renames it.
+    The digests of the tensors stand in the header, before them. They are written at the end, over
+    placeholders of the same length. The file is synced to disk when the context ends without an
+    error; the caller renames it. A tensor is hashed in a thread of its own, while it is written and
+    the next one is made.
     """
 
     def __init__(self, path: Path, layout: Layout, manifest: Mapping[str, Any]) -> None:
@@ -185,74 +225,63 @@ class TensorWriter:
             manifest: See :func:`fedcompo.storage.tensorfile.to_bytes`.
         """
         self.path, self._layout, self._entries = path, dict(layout), dict(manifest)
-        self._digest, self._due = TensorDigest(), iter(sorted(layout))
+        self._digests, self._due = dict.fromkeys(layout, "0" * 64), iter(sorted(layout))
+        self._thread, self._pending = ThreadPoolExecutor(1), dict[str, Future[str]]()
         self._file: IO[bytes]
 
     def __enter__(self) -> TensorWriter:
         """Create the file."""
         self._file = self.path.open("xb")
-        self._file.write(self._header("0" * 64))
+        self._file.write(self._header())
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor; names must come sorted, dtypes and shapes as announced."""
+        """Append one tensor; names must come sorted, dtypes and shapes as announced.
+
+        Its values must stay as they are until the next call.
+        """
         due = next(self._due, None)
         kind = tensor.dtype, tuple(tensor.shape)
         if name != due or kind != self._layout[name]:
             raise ValueError(f"{name!r} {kind} is written to {self.path.name}, but {due!r} is due")
-        self._digest.add(name, tensor)
+        self._settle()
+        if tensor.nbytes < LARGE:
+            self._digests[name] = tensor_sha256(name, tensor)
+        else:
+            self._pending[name] = self._thread.submit(tensor_sha256, name, tensor)
         self._file.write(raw_bytes(tensor))
 
+    def _settle(self) -> None:
+        """Wait for the digest of the last tensor."""
+        while self._pending:
+            name, digest = self._pending.popitem()
+            self._digests[name] = digest.result()
+
     def __exit__(self, kind: object, *error: object) -> None:
-        """Write the digest and sync; after an error leave the file as it is."""
-        with self._file as file:
+        """Write the digests and sync; after an error leave the file as it is."""
+        with self._file as file, self._thread:
             if kind is not None:
                 return
             if (due := next(self._due, None)) is not None:
                 raise ValueError(f"{self.path.name} ends before {due!r}")
+            self._settle()
             file.seek(0)
-            file.write(self._header(self._digest.hexdigest()))
+            file.write(self._header())
             sync(file)
+            self.trust(file)
+
+    def trust(self, file: IO[bytes]) -> None:
+        """Take the file as compared: what is in it was hashed on its way."""
+        stamp = stamp_of(hashlib.sha256(self._header()).hexdigest(), file)
+        note_compared(stamp, range(len(self._layout)), len(self._layout))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the tensors written so far."""
-        return self._digest.hexdigest()
+        """SHA-256 of all tensors; see :func:`~fedcompo.storage.manifest.digest_of_all`."""
+        return digest_of_all(self._digests)
 
-    def _header(self, digest: str) -> bytes:
-        manifest = complete_manifest(self._entries, digest)
-        metadata = {"format": "pt", "manifest": canonical(manifest)}
-        header: dict[str, Any] = {"__metadata__": metadata}
-        position = 0
-        for name in sorted(self._layout):
-            dtype, shape = self._layout[name]
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": NAMES[str(dtype)],
-                "shape": list(shape),
-                "data_offsets": [position, end],
-            }
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-
-class TensorDigest:
-    """What ``tensorfile.tensor_digest`` makes, fed one tensor at a time in the order of names."""
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Update the digest with one tensor; its name may be any that JSON can hold."""
-        heading = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|"
-        self._sha.update(heading.encode(errors="surrogatepass"))
-        self._sha.update(raw_bytes(tensor))
-
-    def hexdigest(self) -> str:
-        """SHA-256 so far, hexadecimal."""
-        return self._sha.hexdigest()
+    def _header(self) -> bytes:
+        return header_bytes(self._layout, complete_manifest(self._entries, self._digests))
 
 
 def save_streamed(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
@@ -265,6 +294,8 @@ def save_streamed(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
     with replaced(path) as temporary, TensorWriter(temporary, layout, manifest) as writer:
         for name in sorted(tensors):
             writer.write(name, tensors[name])
+    with path.open("rb") as file:
+        writer.trust(file)  # its time has changed
     return writer.digest
 
 
@@ -272,13 +303,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as ``sha256sum`` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The values of a tensor as bytes, in the order of its indices; copied only if need be."""
-    import torch
-
-    tensor = tensor.detach().cpu().contiguous()
-    # Where there is one value, torch takes any stride for contiguous, but reads bytes at 1 only.
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().data

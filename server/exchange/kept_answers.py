@@ -17,6 +17,7 @@ from pathlib import Path
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.body import Body
 from fedcompo.storage import tensorfile
+from fedcompo.storage.digests import tensor_digest
 from fedcompo.storage.files import canonical
 from fedcompo.storage.tensorstream import save_streamed
 from server.exchange.books import Traffic
@@ -29,7 +30,7 @@ CONTENT = "answer"
 def question(request: Body) -> str:
     """SHA-256 of a request, hexadecimal."""
     tensors, manifest = request
-    text = tensorfile.tensor_digest(tensors) + canonical(manifest)
+    text = tensor_digest(tensors) + canonical(manifest)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

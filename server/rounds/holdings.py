@@ -19,8 +19,9 @@ from fedcompo.messages.body import TASK_VECTOR
 from fedcompo.messages.requests import ANCHOR, OWN
 from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage import tensorfile
+from fedcompo.storage.digests import digests_of
 from fedcompo.storage.files import put_in_place
+from fedcompo.storage.manifest import digest_of_all
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
 ROUNDS = "rounds"
@@ -55,7 +56,7 @@ class Holdings:
             digest = self.current.get((client, name), "")
             if not digest or digest != self.kept.get(client, {}).get(name):
                 copy = wanted(client, name)
-                digest = self.current[client, name] = tensorfile.tensor_digest(copy)
+                digest = self.current[client, name] = digest_of_all(digests_of(copy))
                 sent[name] = copy
             needs[name] = digest
         return sent, needs

@@ -33,7 +33,8 @@ from registry_workload import OPERATIONS, Job
 from fedcompo.composition import fixed_point, head
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.runtime import peak_bytes
-from fedcompo.storage.tensorstream import StreamedTensors, TensorDigest, TensorWriter
+from fedcompo.storage.digests import TensorDigest
+from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter
 
 PIECE = 1 << 22
 MEGABYTE = 1e6

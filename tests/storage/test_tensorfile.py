@@ -168,8 +168,8 @@ def test_a_manifest_written_otherwise_is_found_even_if_it_says_the_same():
 
 
 def test_another_version_of_the_format_is_named():
-    text = canonical({"format_version": 2})
-    with pytest.raises(FileFormatError, match=r"format version 2, this fedcompo reads 1"):
+    text = canonical({"format_version": 3})
+    with pytest.raises(FileFormatError, match=r"format version 3, this fedcompo reads 1 and 2"):
         tensorfile.from_bytes(with_manifest(text), source="a message")
 
 

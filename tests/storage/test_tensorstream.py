@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import statistics_entry, statistics_from, statistics_tensors
-from fedcompo.storage import tensorfile
+from fedcompo.storage import digests, tensorfile
+from fedcompo.storage.digests import TensorDigest, digests_of
+from fedcompo.storage.manifest import digest_of_all
 from fedcompo.storage.tensorstream import (
     DTYPES,
     Section,
     StreamedTensors,
-    TensorDigest,
     TensorWriter,
     file_sha256,
     save_streamed,
@@ -77,7 +78,7 @@ def test_what_was_written_in_one_piece_is_streamed_in(tmp_path):
 
 
 def test_layout_is_known_before_a_tensor_is_read(tmp_path):
-    def refuse() -> None:
+    def refuse(wrong: str) -> None:
         raise AssertionError("a tensor was read")
 
     streamed = StreamedTensors(saved(tmp_path), guard=refuse)
@@ -91,7 +92,7 @@ def test_equal_tensors_give_equal_files_whatever_their_order(tmp_path):
     save_streamed(tmp_path / "a", tensors(), MANIFEST)
     digest = save_streamed(tmp_path / "b", dict(reversed(tensors().items())), MANIFEST)
     assert file_sha256(tmp_path / "a") == file_sha256(tmp_path / "b")
-    assert digest == tensorfile.tensor_digest(tensors())
+    assert digest == digest_of_all(digests_of(tensors()))
 
 
 def test_digest_fed_in_pieces_is_that_of_the_whole():
@@ -201,7 +202,7 @@ def test_every_altered_byte_is_found_or_means_nothing(tmp_path):
     # a note to other readers, and the capitals of hexadecimal digits; who keeps a file's SHA-256,
     # as a registry does, finds these too
     silent = (b'"format":"pt"', b"\\u00fc")
-    assert unnoticed <= {data.index(text) + i for text in silent for i in range(len(text))}
+    assert unnoticed <= {data.rindex(text) + i for text in silent for i in range(len(text))}
 
 
 def test_every_shortened_file_is_refused(tmp_path):
@@ -259,7 +260,7 @@ def test_a_file_that_goes_away_is_an_error_of_ours(tmp_path):
 
 def test_the_guard_is_asked_before_every_tensor_and_says_why_one_cannot_be_read(tmp_path):
     asked = []
-    streamed = StreamedTensors(saved(tmp_path), guard=lambda: asked.append(True))
+    streamed = StreamedTensors(saved(tmp_path), guard=asked.append)
     dict(streamed)
     assert len(asked) == len(tensors())
     streamed.path.unlink()
