@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, TypeVar
 
+from fedcompo.storage.manifest import digest_of_all
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -61,6 +63,11 @@ def digests_of(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, str
     size = sum(tensor.nbytes for tensor in tensors.values()) if in_memory else LARGE
     found = at_once(lambda name: tensor_sha256(prefix + name, tensors[name]), names, size)
     return {prefix + name: digest for name, digest in zip(names, found, strict=True)}
+
+
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """What a file of these tensors states of them all."""
+    return digest_of_all(digests_of(tensors))
 
 
 def at_once(work: Callable[[str], T], names: Iterable[str], size: int) -> list[T]:

@@ -19,9 +19,8 @@ from fedcompo.messages.body import TASK_VECTOR
 from fedcompo.messages.requests import ANCHOR, OWN
 from fedcompo.method.heads import Head, head_from
 from fedcompo.method.task_vector import TaskVector
-from fedcompo.storage.digests import digests_of
+from fedcompo.storage.digests import content_digest
 from fedcompo.storage.files import put_in_place
-from fedcompo.storage.manifest import digest_of_all
 from fedcompo.storage.tensorstream import Section, StreamedTensors, save_streamed
 
 ROUNDS = "rounds"
@@ -56,7 +55,7 @@ class Holdings:
             digest = self.current.get((client, name), "")
             if not digest or digest != self.kept.get(client, {}).get(name):
                 copy = wanted(client, name)
-                digest = self.current[client, name] = digest_of_all(digests_of(copy))
+                digest = self.current[client, name] = content_digest(copy)
                 sent[name] = copy
             needs[name] = digest
         return sent, needs

@@ -25,6 +25,7 @@ from fedcompo.errors import BackboneError, FileFormatError
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import MODEL_CARD
+from fedcompo.storage.manifest import OWN
 from fedcompo.storage.tensorfile import load, save
 
 IMAGES = pixels(3, 1, 8)
@@ -153,8 +154,7 @@ def test_a_file_that_names_a_folder_in_place_of_the_architecture_is_read_while_i
     backbone, path = loaded(f"local-dir:{folder}"), tmp_path / "backbone.safetensors"
     save_backbone(path, backbone)
     tensors, manifest = load(path)
-    own = ("format_version", "fedcompo_version", "sha256", "tensors_sha256")
-    manifest = {key: value for key, value in manifest.items() if key not in own}
+    manifest = {key: value for key, value in manifest.items() if key not in OWN}
     named = {"architecture": "local-dir:/a", "name": f"local-dir:{folder}", "model_args": {}}
     save(path, {k: v.clone() for k, v in tensors.items()}, {**manifest, **named})
     check_rebuilt(StoredBackbone(path).load(), backbone.forward({})(IMAGES))

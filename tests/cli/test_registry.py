@@ -250,7 +250,7 @@ def test_add_refuses_what_is_damaged_or_absent(home: Path, mail: Path) -> None:
     data = (mail / "new" / CONTENT).read_bytes()
     (mail / "new" / CONTENT).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     error = run("add", mail / "client-2", mail / "new", "--replace", code=1).stderr
-    assert "were altered" in error and str(mail / "new" / CONTENT) in error
+    assert "was altered" in error and str(mail / "new" / CONTENT) in error
     assert "nowhere" in run("add", "nowhere", code=1).stderr
     assert contents(home / "registry") == before
 

@@ -14,7 +14,7 @@ from clients.store import HOME, Store, completed, store_home
 from fedcompo.config.choices import Kind
 from fedcompo.errors import FileFormatError
 from fedcompo.messages.requests import ANCHOR, OWN, TrainRequest, own_tensors
-from fedcompo.storage.tensorfile import tensor_digest
+from fedcompo.storage.digests import content_digest
 
 TENSORS = {"task_vector/a": normal(3, 2, seed=1), "head/bias": torch.zeros(0)}
 
@@ -30,7 +30,7 @@ def files(folder: Path) -> list[str]:
 
 def test_what_is_kept_is_recalled_bit_for_bit_by_its_digest(store):
     digest = store.keep("own", TENSORS)
-    assert digest == tensor_digest(TENSORS)
+    assert digest == content_digest(TENSORS)
     recalled = store.recall("own", digest)
     assert recalled.keys() == TENSORS.keys()
     assert all(torch.equal(recalled[name], tensor) for name, tensor in TENSORS.items())
@@ -77,7 +77,7 @@ def test_a_store_that_cannot_be_written_keeps_nothing_and_breaks_nothing(tmp_pat
     (tmp_path / "file").write_text("no folder")
     store = Store.of(tmp_path / "file", "ab", "ann")
     assert store.keep("own", TENSORS) == ""
-    assert store.recall("own", tensor_digest(TENSORS)) is None
+    assert store.recall("own", content_digest(TENSORS)) is None
     store.clear()
     assert files(tmp_path) == ["file"]
 
@@ -106,7 +106,7 @@ SENT = {
     ANCHOR: random_like(THETA_0, seed=3, positive=True),
     OWN: own_tensors(VECTOR.tensors, HEAD),
 }
-DIGESTS = {name: tensor_digest(tensors) for name, tensors in SENT.items()}
+DIGESTS = {name: content_digest(tensors) for name, tensors in SENT.items()}
 BARE = TrainRequest(joint=HEAD, kind=Kind.LORA, frozen=False, needs=DIGESTS)
 WHOLE = replace(BARE, sent=SENT)
 

@@ -143,7 +143,7 @@ def test_the_card_of_another_adapter_is_not_sent_with_it(written, tmp_path, hub)
 @pytest.mark.parametrize(
     ("harm", "code", "message"),
     [
-        (lambda f: altered(f / "model.safetensors", -1), 1, "were altered"),
+        (lambda f: altered(f / "model.safetensors", -1), 1, "was altered"),
         (lambda f: (f / "config.json").write_text("{"), 1, "config.json or README.md"),
         (lambda f: (f / "README.md").write_text("Mine."), 1, "the card of another model"),
         (lambda f: (f / "README.md").unlink(), 2, "has no README.md"),

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fedcompo.method.contribution import Contribution
+from fedcompo.storage.digests import content_digest, digests_of
 from fedcompo.storage.files import CARD, CONTENT, FISHER
-from fedcompo.storage.manifest import seal
-from fedcompo.storage.tensorfile import load, tensor_digest
+from fedcompo.storage.manifest import digest_of_all, seal
+from fedcompo.storage.tensorfile import load
 
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**53 + 1, 2**63, 10**40, 0.5, -0.0, 1e308, "", "x", "cat",
@@ -40,7 +41,7 @@ NAMES = {
     torch.int8: "I8", torch.bool: "BOOL", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-OWN = ("sha256", "tensors_sha256")
+OWN = ("sha256", "tensors_sha256", "digests")
 
 
 class Mutants:
@@ -159,17 +160,18 @@ class Mutants:
         manifests: dict[str, dict[str, Any]],
         tensors: dict[str, dict[str, Tensor]],
     ) -> None:
-        digests = {name: tensor_digest(own) for name, own in tensors.items()}
+        digests = {name: content_digest(own) for name, own in tensors.items()}
         for name, own in tensors.items():
-            files[name] = packed(own, manifests[name], digests[name])
+            files[name] = packed(own, manifests[name])
         about = {k: v for k, v in manifests[CONTENT].items() if k != "format_version"}
         about.pop("fedcompo_version", None)
         files[CARD] = json.dumps(about | {"tensors_sha256": digests}).encode()
 
 
-def packed(tensors: dict[str, Tensor], manifest: dict[str, Any], digest: str) -> bytes:
+def packed(tensors: dict[str, Tensor], manifest: dict[str, Any]) -> bytes:
     """A file as fedcompo would write it, of dtypes that it never writes too."""
-    complete = {**manifest, "tensors_sha256": digest}
+    digests = digests_of(tensors)
+    complete = {**manifest, "digests": digests, "tensors_sha256": digest_of_all(digests)}
     complete["sha256"] = seal(complete)
     text = json.dumps(complete, sort_keys=True, separators=(",", ":"))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "manifest": text}}

@@ -33,6 +33,7 @@ from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums, off_grid
 from fedcompo.registry.registry import Registry
 from fedcompo.storage.files import CARD, CONTENT, FISHER
+from fedcompo.storage.manifest import OWN
 from fedcompo.storage.tensorfile import load, save
 
 NAME = "blocks.0.mlp.fc1.weight"
@@ -78,8 +79,7 @@ def with_count(contribution: Contribution, count: int) -> Contribution:
 def rewritten(folder: Path, **claims: Any) -> Path:
     """The folder with other claims in manifest and card, sealed as fedcompo itself would."""
     tensors, manifest = load(folder / CONTENT)
-    own = ("format_version", "fedcompo_version", "sha256", "tensors_sha256")
-    manifest = {k: v for k, v in manifest.items() if k not in own} | claims
+    manifest = {k: v for k, v in manifest.items() if k not in OWN} | claims
     card = json.loads((folder / CARD).read_text())
     save(folder / CONTENT, dict(tensors), manifest)
     (folder / CARD).write_text(json.dumps(manifest | {"tensors_sha256": card["tensors_sha256"]}))

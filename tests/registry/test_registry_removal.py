@@ -30,7 +30,6 @@ from fedcompo.registry.journal import Entry
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.removal import RemovalRecord
 from fedcompo.registry.signing import is_signed
-from fedcompo.report.progress import listening
 from fedcompo.storage.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()
@@ -185,63 +184,6 @@ def test_the_composition_until_now_is_kept_on_request_where_none_are_kept_otherw
     registry.remove("ada")  # it was in there, too
     assert traces(registry, parts) == set()
     assert registry.state.kept == {}
-
-
-# -- another machine ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def elsewhere(monkeypatch):
-    """While on, LoRAs round as they might on a machine that sums otherwise."""
-    here = fixed_point.reproducible_delta
-
-    def switch(on: bool) -> None:
-        def there(vector, name, weight):
-            delta = here(vector, name, weight)
-            return delta + (2e-12 if on and vector.kind is Kind.LORA else 0)
-
-        monkeypatch.setattr(fixed_point, "reproducible_delta", there)
-
-    return switch
-
-
-def test_what_was_rounded_elsewhere_is_composed_anew_when_it_goes(elsewhere, tmp_path):
-    lora = member("dee", Kind.LORA, seed=40)
-    elsewhere(True)
-    registry = registry_of(tmp_path / "moved", ADA, BEN, CHO, lora)
-    elsewhere(False)
-    never = registry_of(tmp_path / "never", CHO, ADA, lora)
-    steps: list[str] = []
-    rounded = registry.member("ben").rounded_sha256
-    with listening(lambda progress: steps.append(str(progress))):
-        record = registry.remove("ben")
-    assert record.recomposed
-    assert any("ben rounds" in step for step in steps)
-    assert record.removed_rounded_sha256 == rounded  # as it stood in the sum
-    assert registry.state.root == never.state.root  # so survivors are rounded as here, too
-    assert composition(registry) == composition(never)
-    told = {client: m.rounded_sha256 for client, m in registry.state.members.items()}
-    assert last(registry).details["rounded"] == told
-    assert not registry.remove("dee").recomposed  # and from now on subtracting is exact again
-
-
-def test_what_rounds_alike_is_subtracted_wherever_it_was_added(elsewhere, tmp_path):
-    elsewhere(True)
-    registry = registry_of(tmp_path / "moved", ADA, BEN, CHO)
-    elsewhere(False)
-    record = registry.remove("ada")  # not a LoRA
-    assert not record.recomposed
-    elsewhere(True)
-    assert registry.state.root == registry_of(tmp_path / "there", BEN, CHO).state.root
-
-
-def test_replacing_what_was_rounded_elsewhere_composes_anew(elsewhere, tmp_path):
-    elsewhere(True)
-    registry = registry_of(tmp_path / "moved", ADA, BEN, CHO)
-    elsewhere(False)
-    registry.add(member("ben", seed=9), replacing=True)
-    expected = registry_of(tmp_path / "here", ADA, member("ben", seed=9), CHO)
-    assert registry.state.root == expected.state.root
 
 
 def test_who_cancelled_out_in_the_sum_can_leave_too(tmp_path, monkeypatch):

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import statistics_entry, statistics_from, statistics_tensors
-from fedcompo.storage import digests, tensorfile
-from fedcompo.storage.digests import TensorDigest, digests_of
-from fedcompo.storage.manifest import digest_of_all
+from fedcompo.storage import tensorfile
+from fedcompo.storage.digests import TensorDigest, content_digest
 from fedcompo.storage.tensorstream import (
     DTYPES,
     Section,
@@ -92,7 +91,7 @@ def test_equal_tensors_give_equal_files_whatever_their_order(tmp_path):
     save_streamed(tmp_path / "a", tensors(), MANIFEST)
     digest = save_streamed(tmp_path / "b", dict(reversed(tensors().items())), MANIFEST)
     assert file_sha256(tmp_path / "a") == file_sha256(tmp_path / "b")
-    assert digest == digest_of_all(digests_of(tensors()))
+    assert digest == content_digest(tensors())
 
 
 def test_digest_fed_in_pieces_is_that_of_the_whole():
