@@ -62,7 +62,7 @@ class Comebacks:
             rounded = state.members[stay.client].rounded_sha256
             self._note(stay, rounded, statistics_digest(own.statistics))
             if stay.since > derived_since:
-                self._note(stay, self._vector(own))
+                self._note(stay, *self._vector(own))
         for path in strangers:
             if path.name == CONTENT:
                 self._look_into(path.parent)
@@ -122,14 +122,16 @@ class Comebacks:
             self._note(stay, statistics_digest(found.statistics))
             vector = found.task_vector  # whatever it says that it was trained on
             vector.check(self._company.shapes, base=vector.base, owner=str(folder))
-            self._note(stay, self._vector(found))
+            self._note(stay, *self._vector(found))
 
-    def _vector(self, own: Contribution) -> str:
-        if self._company.removed.by_rounding:
-            return rounding_of(own.client, own.task_vector, self._company).sha256
+    def _vector(self, own: Contribution) -> list[str]:
+        """Digests of a task vector, read again: of its tensors, and rounded if others' are."""
         for _ in own.task_vector.tensors.values():
             pass  # what is read is compared with the digests that the file states
-        return own.task_vector.sha256
+        digests = [own.task_vector.sha256]
+        if self._company.removed.by_rounding:
+            digests.append(rounding_of(own.client, own.task_vector, self._company).sha256)
+        return digests
 
     def _empty(self) -> str:
         """Digest of a task vector of zeros, rounded, as a client that learnt nothing has one."""

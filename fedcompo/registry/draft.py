@@ -17,7 +17,13 @@ from fedcompo.composition.realigned import realigned_head, save_realigned
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving
 from fedcompo.composition.totals import check_alike, save_total, total_after
 from fedcompo.config.choices import Statistics
-from fedcompo.errors import ContributionError, RegistryDamaged, RegistryError, blaming
+from fedcompo.errors import (
+    ContributionError,
+    FileFormatError,
+    RegistryDamaged,
+    RegistryError,
+    blaming,
+)
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of, statistics_tensors
 from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.statistics import FeatureSums
@@ -245,12 +251,13 @@ class Draft:
         """Read a member's statistics alone, and compare them with a digest of their own."""
         staged = self.new / member.folder
         folder = staged if staged.exists() else self.registry.path / member.folder
-        contribution = Contribution.open(folder, with_fisher=False)
-        if _statistics_digest(contribution) != member.statistics_sha256:
-            raise RegistryDamaged(
-                f"Head and mixtures in {folder} were altered. Restore the registry from a copy."
-            )
-        return contribution.statistics
+        with suppress(FileFormatError):
+            contribution = Contribution.open(folder, with_fisher=False)
+            if _statistics_digest(contribution) == member.statistics_sha256:
+                return contribution.statistics
+        raise RegistryDamaged(
+            f"Head and mixtures in {folder} were altered. Restore the registry from a copy."
+        )
 
     def finish(self, after: State, events: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Write the journal's lines and the new state, and commit."""

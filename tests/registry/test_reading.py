@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,14 @@ from registry_builders import (
     same_bits,
     three_clients,
 )
+from torch import Tensor
 
 from fedcompo.config.choices import Kind, Statistics
 from fedcompo.errors import RegistryDamaged, RegistryError
 from fedcompo.registry.registry import Registry
 from fedcompo.storage import tensorfile
+from fedcompo.storage.digests import TICK, tensor_sha256
 from fedcompo.storage.files import BACKBONE, CARD, CONTENT, FISHER, SUM, TOTALS
-from fedcompo.storage.tensorstream import file_sha256
 
 ADA, BEN, CHO = one_of_each_kind()
 
@@ -38,9 +40,11 @@ def registry(tmp_path):
 def test_every_file_is_checked_before_it_is_believed(registry):
     reads = {
         "backbone.safetensors": lambda r: r.model(only=["ada"]),
-        "clients/ada/contribution.safetensors": lambda r: r.contribution("ada"),
+        "clients/ada/contribution.safetensors": lambda r: dict(
+            r.contribution("ada").task_vector.tensors
+        ),
         "clients/ada/card.json": lambda r: r.contribution("ada"),
-        f"{registry.state.version}/model.safetensors": lambda r: r.theta_p(),
+        f"{registry.state.version}/model.safetensors": lambda r: dict(r.composed()),
         f"{registry.state.version}/sum.safetensors": lambda r: dict(r.running_sum()),
         "journal.jsonl": lambda r: r.entries(),
         "state.json": lambda r: Registry(r.path),
@@ -114,18 +118,18 @@ def test_a_missing_file_is_damage_and_named(registry):
         registry.contribution("ben")
 
 
-def test_a_file_is_hashed_once_for_each_opening(registry, monkeypatch):
-    hashed: list[Path] = []
-    original = file_sha256
+def test_a_tensor_is_hashed_once_in_a_process(registry, monkeypatch):
+    hashed: list[tuple[str, str]] = []
+    time.sleep(2 * TICK / 1e9)  # of a file that was written just now nothing is remembered
 
-    def counting(path: Path) -> str:
-        hashed.append(path)
-        return original(path)
+    def counting(name: str, tensor: Tensor) -> str:
+        hashed.append((name, tensor_sha256(name, tensor)))
+        return hashed[-1][1]
 
-    monkeypatch.setattr("fedcompo.registry.reader.file_sha256", counting)
-    for _ in range(3):
-        registry.theta_p()
-        dict(registry.pool().only("ada").contributions[0].task_vector.tensors)
+    monkeypatch.setattr("fedcompo.storage.tensorstream.tensor_sha256", counting)
+    for opened in (registry, Registry(registry.path), Registry(registry.path)):
+        opened.theta_p()
+        dict(opened.pool().only("ada").contributions[0].task_vector.tensors)
     assert len(hashed) == len(set(hashed)) > 0
 
 
