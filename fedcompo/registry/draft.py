@@ -170,7 +170,8 @@ class Draft:
     ) -> tuple[State, float]:
         """Write the running sum; return the members with what is known of them, and its length."""
         path, backbone = folder / SUM, self.registry.backbone
-        times, hashed = after.settings.times, Removed(self.registry).by_rounding
+        times = after.settings.times
+        hashed = bool(coming) and Removed(self.registry).by_rounding
         terms = [replace(self._term(m, times(m.num_examples)), is_new=True) for m in coming]
         terms += [self._term(m, -times(m.num_examples)) for m in going]
         before = self.registry.running_sum() if self.before.version else None

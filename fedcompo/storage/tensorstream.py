@@ -69,17 +69,16 @@ class StreamedTensors(Mapping[str, "Tensor"]):
             header = json.loads(text[8:])
             self._start, self._sha256 = len(text), hashlib.sha256(text).hexdigest()
             self.manifest = manifest_of(header, path)
-            self.digests: dict[str, str] = self.manifest.get("digests", {})
-            """SHA-256 of each tensor, by name; empty in format 1."""
+            self._is_old = self.manifest["format_version"] != FORMAT_VERSION
+            self.digests: dict[str, str] = {} if self._is_old else self.manifest["digests"]
+            """SHA-256 of each tensor, by name; empty in format 1, where one covers all."""
             self._places = {
                 str(name): (*DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
             self._check_places(size - self._start)
-            if self._is_old:
-                self.digests = {}
-            elif self.digests.keys() != self._places.keys():
+            if not self._is_old and self.digests.keys() != self._places.keys():
                 raise ValueError("its digests are of other tensors")
             self._numbers = {name: number for number, name in enumerate(self)}
         except FileFormatError:
@@ -150,17 +149,12 @@ class StreamedTensors(Mapping[str, "Tensor"]):
         Raises:
             FileFormatError: If a byte was altered.
         """
-        if not self._is_old:
+        if self._is_old:
+            what = f"What {self.path} holds"
+            check_digest(self.manifest.get("tensors_sha256"), tensor_digest(self), what)
+        else:
             size = self.path.stat().st_size
             at_once(lambda name: self._compare(name, *self._read(name)), self, size)
-            return
-        what = f"What {self.path} holds"
-        check_digest(self.manifest.get("tensors_sha256"), tensor_digest(self), what)
-
-    @property
-    def _is_old(self) -> bool:
-        """Whether it is of format 1, where one digest covers all tensors."""
-        return bool(self.manifest["format_version"] != FORMAT_VERSION)
 
     def _check_places(self, available: int) -> None:
         """Raise ``ValueError`` for tensors that overlap, leave gaps, or do not fill the file."""
