@@ -17,6 +17,7 @@ from typing import Any
 from fedcompo.errors import FileFormatError
 from fedcompo.registry.signing import Signer, is_signed
 from fedcompo.storage.files import canonical
+from fedcompo.storage.identity import HEADER
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -127,6 +128,6 @@ def opened(data: bytes, *, source: str) -> Envelope:
     return envelope
 
 
-def _marked(sha256: str = "", **others: str) -> str:
+def _marked(sha256: str = "", header: str = "") -> str:
     """Put a digest's mark before it again."""
-    return sha256 or "".join(f"{mark}:{digest}" for mark, digest in others.items())
+    return sha256 or HEADER + header
