@@ -274,7 +274,7 @@ def test_the_rows_of_a_head_in_an_older_file_are_left_out(tmp_path, lazily):
     sums = {"a": torch.ones(2, 3), "head.weight": torch.ones(2, 3), "head.bias": torch.ones(2)}
     manifest = {"content": "fisher", "client": "ann", "base": "pico@0", "num_examples": 4}
     tensorfile.save(tmp_path / "f", sums, {**manifest, "classes": ["cat", "dog"]})
-    guard = (lambda: None) if lazily else None
+    guard = (lambda wrong: None) if lazily else None
     fisher = load_fisher(tmp_path / "f", client="ann", base="pico@0", guard=guard)
     assert fisher.num_examples == 4
     assert list(fisher.sums) == ["a"]
