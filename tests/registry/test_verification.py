@@ -27,8 +27,11 @@ from fedcompo.registry.registry import Registry
 from fedcompo.registry.state import ABOUT, PRIVATE, PUBLIC, State
 from fedcompo.registry.transaction import JOURNAL, LOCK, MODEL, STATE
 from fedcompo.registry.verification import all_but_folders, verify_registry
+from fedcompo.storage.digests import raw_bytes
 from fedcompo.storage.files import CONTENT, REALIGNED, SUM, WEIGHTS
-from fedcompo.storage.tensorstream import StreamedTensors, file_sha256
+from fedcompo.storage.identity import identity
+from fedcompo.storage.manifest import OWN
+from fedcompo.storage.tensorstream import StreamedTensors, file_sha256, save_streamed
 
 RECORD = "removals/000004-dan.json"
 KEPT = "versions/000003"
@@ -318,9 +321,9 @@ def rehashed(root: Path, **claimed: str) -> None:
     state = State.read(root / STATE)
     members = {}
     for client, known in state.members.items():
-        files = {name: file_sha256(root / known.folder / name) for name in known.files}
+        files = {name: identity(root / known.folder / name) for name in known.files}
         members[client] = replace(known, files=files, **claimed)
-    composed = {name: file_sha256(root / state.version / name) for name in state.files}
+    composed = {name: identity(root / state.version / name) for name in state.files}
     after = rewrite_state(root, members=members, files=composed)
 
     def believing(details: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,9 +341,9 @@ def rehashed(root: Path, **claimed: str) -> None:
 def change_tensor(root: Path, file: str, name: str, mask: int, *, byte: int = 0) -> None:
     """Flip bits in the first element of a tensor of the composition, and all hashes with it."""
     path = root / State.read(root / STATE).version / file
-    data = path.read_bytes()
-    place = data.index(StreamedTensors(path)[name].numpy().tobytes())
-    path.write_bytes(flipped(data, place + byte, mask))
+    tensors, manifest = dict(StreamedTensors(path)), StreamedTensors(path).manifest
+    raw_bytes(tensors[name])[byte] ^= mask
+    save_streamed(path, tensors, {k: v for k, v in manifest.items() if k not in OWN})
     rehashed(root)
 
 
