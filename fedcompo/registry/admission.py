@@ -211,7 +211,7 @@ def rounding_of(client: str, vector: TaskVector, company: Company) -> Rounding:
     Raises:
         ContributionError: If it is far longer than the weights: its training diverged.
     """
-    rounding = Rounding(newcomer=client)
+    rounding = Rounding(newcomer=client, hashed=True)
     for name in sorted(company.shapes):
         weight = company.weights[name]
         rounding.update(name, rounded(vector, name, weight, owner=f"client {client!r}"), weight)

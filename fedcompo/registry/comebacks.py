@@ -129,7 +129,7 @@ class Comebacks:
 
     def _empty(self) -> str:
         """Digest of a task vector of zeros, as a client that learnt nothing has one."""
-        shapes, rounding = self._company.shapes, Rounding()
+        shapes, rounding = self._company.shapes, Rounding(hashed=True)
         for name, shape in sorted(shapes.items()):
             zeros = torch.zeros(shape.shape, dtype=torch.int64)
             rounding.update(name, zeros, zeros)
