@@ -128,18 +128,18 @@ class Pool:
             normalise: Whether coefficients must be a mean's.
         """
         coefficients = self.check_composable(coefficients, normalise=normalise)
-        changing = {c.client: frozenset(c.task_vector.names) for c in self}
+        holders: dict[str, list[Contribution]] = {}
+        for contribution in self:
+            for name in contribution.task_vector.names:
+                holders.setdefault(name, []).append(contribution)
 
         def composed(name: str) -> tuple[str, Tensor]:
             weight = theta_0[name]
-            own = [
-                (c.task_vector, coefficients[c.client]) for c in self if name in changing[c.client]
-            ]
+            own = ((c.task_vector, coefficients[c.client]) for c in holders.get(name, ()))
             change = weighted_sum(own, name, weight)
             return name, (weight.double() + scale * change).to(weight.dtype)
 
-        every = frozenset[str]().union(*changing.values())
-        yield from in_order(composed, sorted(every if names is None else names))
+        yield from in_order(composed, sorted(holders if names is None else names))
 
     def check_composable(
         self, coefficients: Mapping[str, float] | None, *, base: str = "", normalise: bool = True

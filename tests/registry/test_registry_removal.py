@@ -193,14 +193,13 @@ def test_the_composition_until_now_is_kept_on_request_where_none_are_kept_otherw
 @pytest.fixture
 def elsewhere(monkeypatch):
     """While on, LoRAs round as they might on a machine that sums otherwise."""
-    here = fixed_point.reproducible_delta
+    here = fixed_point.rounded
 
     def switch(on: bool) -> None:
-        def there(vector, name, weight):
-            delta = here(vector, name, weight)
-            return delta + (2e-12 if on and vector.kind is Kind.LORA else 0)
+        def there(vector, name, weight, *, owner):
+            return here(vector, name, weight, owner=owner) + 2 * (on and vector.kind is Kind.LORA)
 
-        monkeypatch.setattr(fixed_point, "reproducible_delta", there)
+        monkeypatch.setattr(fixed_point, "rounded", there)
 
     return switch
 
