@@ -149,7 +149,8 @@ def sum_of(
         total = add(total, values, term.times)
     if roundings:
         return total
-    total, reach = total.clone(), largest(total)  # no value of the sum is beyond it
+    total = total if start is None else start.clone()
+    reach = largest(total)  # no value of the sum is beyond it
     for times, batch in _batches(terms):
         changes = []
         for term in batch:

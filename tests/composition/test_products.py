@@ -151,7 +151,10 @@ def test_any_entry_has_the_bits_of_the_sum_in_order(pairs):
 def test_a_sum_of_all_kinds_is_that_of_each_rounded_alone(times, piece, monkeypatch):
     monkeypatch.setattr(products, "PIECE", piece)
     weight, start = normal(90, 70, seed=9).float(), torch.arange(6300).view(90, 70) - 3000
-    made = [CASES[case](rank) for case, rank in zip([*CASES][:8], (1, 2, 5, 16, 16, 48, 3, 9))]
+    made = [
+        CASES[case](rank)
+        for case, rank in zip([*CASES][:8], (1, 2, 5, 16, 16, 48, 3, 9), strict=True)
+    ]
     vectors = [lora(*factors) for factors in made]
     delta = normal(90, 70, seed=8, dtype=torch.float32)
     vectors.insert(2, TaskVector(Kind.FULL, {f"{NAME}/delta": delta}, "b"))
@@ -179,9 +182,8 @@ def test_a_factor_without_a_bound_is_refused_with_whose_it_is(where, value):
     vectors = {c: lora(*drawn(4, seed=i)) for i, c in enumerate("abc")}
     vectors["b"].tensors[f"{NAME}/{where}"][1, 1] = value
     terms = [Term(client, vector, 1) for client, vector in vectors.items()]
-    with pytest.raises(
-        ContributionError, match="client 'b' changes 'w' by .*at most 1024"
-    ) as error:
+    match = r"client 'b' changes 'w' by .*at most 1024"
+    with pytest.raises(ContributionError, match=match) as error:
         fixed_point.sum_of(terms, NAME, torch.zeros(90, 70))
     assert error.value.client == "b"
 
