@@ -20,7 +20,8 @@ from fedcompo.errors import ConfigError, ContributionError
 if TYPE_CHECKING:
     import torch
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 THREADS = 4
 """Threads that stream weights at most: each holds a few."""
 PACKAGES = ("fedcompo", "torch", "timm")

@@ -30,15 +30,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.composition.products import BITS as BITS
-from fedcompo.composition.products import (
-    GRID,
-    TOGETHER,
-    UNSURE,
-    Dense,
-    Factors,
-    add_rounded,
-    pieces,
-)
+from fedcompo.composition.products import GRID as GRID
+from fedcompo.composition.products import TOGETHER, UNSURE, Dense, Factors, add_rounded, pieces
 from fedcompo.composition.scale import significant
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError, blaming

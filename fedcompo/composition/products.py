@@ -25,8 +25,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Whole = NDArray[np.int64]
 BITS = 40
 GRID = 2.0**-BITS
 """Distance between two neighbouring values."""
@@ -66,10 +68,10 @@ class Factors:
         """E."""
         return (2 * len(self.a) + 8) * 2.0**-53 * self.peak
 
-    def ordered(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def ordered(self, rows: Whole, columns: Whole) -> Whole:
         """Return some entries, summed over the ranks in their order, rounded to the grid; int64."""
         terms = self.b.numpy()[rows].T * self.a.numpy()[:, columns]  # (rank, entries), exact
-        sums = np.add.accumulate(terms, axis=0)[-1]  # numpy states its order
+        sums: NDArray[np.float64] = np.add.accumulate(terms, axis=0)[-1]  # numpy states its order
         return np.rint(sums * 2.0**BITS).astype(np.int64)
 
 
@@ -139,7 +141,7 @@ def _add_products(total: Tensor, factors: Sequence[Factors], times: int) -> None
     total.numpy().reshape(-1)[places] += times * (exact - np.concatenate([places[:0], *sums]))
 
 
-def _add(total: Tensor, values: np.ndarray, offset: int, times: int) -> None:
+def _add(total: Tensor, values: Whole, offset: int, times: int) -> None:
     """Add ``times * (values - offset)`` in place, modulo 2^64; the values are lost."""
     values -= np.uint64(offset % 2**64).view(np.int64)
     if times != 1:

@@ -67,7 +67,8 @@ def recomposed(registry: RegistryReader) -> Finding:
 
     def again(name: str) -> tuple[str, list[Rounding], float, float]:
         """What differs at a weight, its roundings, its squared length, how far the rule is off."""
-        weight, parts, squared, here = backbone.tensors[name], [], 0.0, 0.0
+        parts: list[Rounding] = []
+        weight, squared, here = backbone.tensors[name], 0.0, 0.0
         if name in backbone.target_weights:
             parts = [rounding.part() for rounding in roundings]
             total = fixed_point.sum_of(terms, name, weight, roundings=parts)

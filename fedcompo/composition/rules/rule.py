@@ -77,12 +77,13 @@ class Changes:
         """Return S, (out, in), int64; the members must count whole times."""
         if self.known is not None:
             return self.known
-        clients, times = [own.client for own in self.members], self.times
+        times = self.times
         terms = [Term(own.client, own.task_vector, int(times[own.client])) for own in self.members]
-        roundings = [] if self.squares is None else [Rounding() for _ in terms]
+        if self.squares is None:
+            return fixed_point.sum_of(terms, self.name, self.weight)
+        roundings = [Rounding() for _ in terms]
         total = fixed_point.sum_of(terms, self.name, self.weight, roundings=roundings)
-        for client, rounding in zip(clients, roundings, strict=False):
-            self.squares[client] = rounding.squared
+        self.squares.update({t.client: r.squared for t, r in zip(terms, roundings, strict=True)})
         return total
 
     @property
