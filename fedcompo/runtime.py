@@ -8,15 +8,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedcompo.errors import ConfigError, ContributionError
 
 if TYPE_CHECKING:
     import torch
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+THREADS = 4
+"""Threads that stream weights at most: each holds a few."""
 PACKAGES = ("fedcompo", "torch", "timm")
 """Packages on which a client's results depend."""
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -53,6 +60,50 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_order(
+    work: Callable[[Item], Made], items: Iterable[Item], *, most: int = THREADS, ahead: int = 1
+) -> Iterator[Made]:
+    """Do the work of each item in a few threads, in each of which torch uses one.
+
+    Results come in the order of items, and so does an error: the first item's, after which no more
+    is begun. They are the same bits for any number of threads.
+
+    Args:
+        work: Must not change what another thread reads.
+        items: Asked for one at a time, by the caller's thread.
+        most: Threads at most.
+        ahead: Results a thread that wait for their turn at most; they are in memory.
+    """
+    count = min(most, workers())
+    with one_thread():
+        if count == 1:
+            yield from map(work, items)
+            return
+        with ThreadPoolExecutor(count, "fedcompo") as pool:
+            begun: deque[Future[Made]] = deque()
+            try:
+                for item in items:
+                    begun.append(pool.submit(work, item))
+                    if len(begun) > count * ahead:
+                        yield begun.popleft().result()
+                while begun:
+                    yield begun.popleft().result()
+            finally:
+                for future in begun:
+                    future.cancel()
+
+
+def workers() -> int:
+    """How many threads work: a CPU each, or as many as ``OMP_NUM_THREADS`` allows.
+
+    Measured on two cores with JPEGs of 256 pixels: two decode 1.7 times as fast as one; two
+    processes, which send pixels, 1.1 times.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    allowed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # Ray sets it for its actors
+    return max(1, min(usable or 1, int(allowed) if allowed.isdecimal() else usable or 1))
 
 
 def reset_peak() -> None:

@@ -12,49 +12,53 @@ subtracting are exact, in any order, at a cost that does not grow with the numbe
 
 The rounding is the same on every machine. The product of two float32 factors is exact in float64.
 A LoRA's sum over its ranks, taken in their order, therefore rounds once for each rank, whether or
-not the processor fuses multiplication and addition. A library's matrix product does not promise
-that.
+not the processor fuses multiplication and addition. That is :func:`reproducible_delta`; the same
+bits are found several times faster by :mod:`fedcompo.composition.products`, except for values so
+large that they are looked at one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedcompo.composition.products import BITS as BITS
+from fedcompo.composition.products import GRID as GRID
+from fedcompo.composition.products import TOGETHER, UNSURE, Dense, Factors, add_rounded, pieces
 from fedcompo.composition.scale import significant
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError, blaming
-from fedcompo.method.deltas import stored_shapes
 from fedcompo.method.task_vector import TaskVector
 
-BITS = 40
-GRID = 2.0**-BITS
-"""Distance between two neighbouring values."""
 LARGEST = 2.0**10
 """Values of a task vector beyond this are refused; weights of a trained network are of order 1."""
 LONGEST = 10.0
 """Largest norm of a newcomer's change to a weight, relative to the norm of that weight."""
+DENSE = Kind.FULL, Kind.TANGENT
+"""Kinds that store the change itself."""
 CEILING = 2**62
 """Sums stay below this: half of the range of int64."""
 NORM_DIGITS = 6
 """Significant digits of a task vector's squared length."""
-PIECE = 1 << 16
-"""Elements taken at a time, so that intermediate values stay in the processor's cache."""
 
 
 class Rounding:
-    """Digest and length of a task vector on the grid, fed one weight at a time, in their order."""
+    """Length of a task vector on the grid, fed one weight at a time, in their order; and digest."""
 
     def __init__(self, newcomer: str = "", *, hashed: bool = False) -> None:
-        """Start with nothing; a newcomer, named here, is refused if it changes a weight too far."""
+        """Start with nothing; a newcomer, named here, is refused if it changes a weight too far.
+
+        Its digest takes a second for each GB of the dense change, and weights one after the other.
+        """
         self._digest = hashlib.sha256() if hashed else None
-        self._squared, self._newcomer = 0.0, newcomer
+        self.squared, self._newcomer = 0.0, newcomer
 
     def update(self, name: str, values: Tensor, weight: Tensor) -> None:
         """Take in the rounded change of one weight, (out, in), int64.
@@ -65,7 +69,7 @@ class Rounding:
         if self._digest is not None:
             hash_rounded(self._digest, name, values)
         squared = squared_length(values)
-        self._squared += squared
+        self.squared += squared
         if self._newcomer and not (length := math.sqrt(squared)) <= LONGEST * float(weight.norm()):
             raise ContributionError(  # also if the weight's norm is not a number
                 f"The task vector of client {self._newcomer!r} has norm {length:.3g} at {name!r}, "
@@ -73,15 +77,24 @@ class Rounding:
                 "lower `learning-rate`, or use `penalty = implicit`."
             )
 
+    def part(self) -> Rounding:
+        """Return one to be fed a weight of its own, in any thread; itself, if it is hashed."""
+        return Rounding(self._newcomer) if self._digest is None else self
+
+    def take(self, part: Rounding) -> None:
+        """Take in a :meth:`part` that was fed."""
+        if part is not self:
+            self.squared += part.squared
+
     @property
     def sha256(self) -> str:
         """SHA-256 so far, hexadecimal; empty if it is not hashed."""
-        return self._digest.hexdigest() if self._digest is not None else ""
+        return "" if self._digest is None else self._digest.hexdigest()
 
     @property
     def squared_norm(self) -> float:
         r""":math:`\lVert\tau\rVert^2`, to six significant digits: no machine's last bit counts."""
-        return significant(self._squared, NORM_DIGITS)
+        return significant(self.squared, NORM_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -122,13 +135,35 @@ def sum_of(
         ContributionError: If a value is not finite, too large, or leaves the range of the sum.
     """
     total = torch.zeros(weight.shape, dtype=torch.int64) if start is None else start
-    for index, term in enumerate(terms):
+    for term, rounding in zip(terms, roundings, strict=False):
         with blaming(term.client):
             values = rounded(term.vector, name, weight, owner=f"client {term.client!r}")
-            if roundings:
-                roundings[index].update(name, values, weight)
+            rounding.update(name, values, weight)
         total = add(total, values, term.times)
+    if roundings:
+        return total
+    total = total if start is None else start.clone()
+    reach = largest(total)  # no value of the sum is beyond it
+    for times, batch in _batches(terms):
+        changes = []
+        for term in batch:
+            with blaming(term.client):
+                changes.append(_change(term.vector, name, weight, f"client {term.client!r}"))
+        reach += abs(times) * sum(int(change.peak / GRID) + 1 for change in changes)
+        if reach < CEILING:
+            add_rounded(total, changes, times)
+            continue
+        for change in changes:
+            total = add(total, _alone(change, weight), times)
+        reach = largest(total)
     return total
+
+
+def _batches(terms: Iterable[Term]) -> Iterator[tuple[int, list[Term]]]:
+    """Terms that count alike, up to :data:`TOGETHER` at a time, with how often they count."""
+    for times, alike in groupby(terms, key=lambda term: term.times):
+        while batch := list(islice(alike, TOGETHER)):
+            yield times, batch
 
 
 def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:
@@ -142,7 +177,7 @@ def reproducible_delta(vector: TaskVector, name: str, weight: Tensor) -> Tensor:
     Returns:
         :math:`\tau` of this weight, (out, in), float64, on the CPU; a new tensor.
     """
-    if vector.kind in (Kind.FULL, Kind.TANGENT):
+    if vector.kind in DENSE:
         return vector.tensors[f"{name}/delta"].to(torch.float64, copy=True)
     if vector.kind is Kind.IA3:
         return weight.double() * (vector.tensors[f"{name}/l"].double() - 1)
@@ -169,25 +204,32 @@ def rounded(vector: TaskVector, name: str, weight: Tensor, *, owner: str) -> Ten
     Raises:
         ContributionError: If a value is not finite, or beyond :data:`LARGEST`.
     """
-    stored = {key: vector.tensors[f"{name}/{key}"] for key in stored_shapes(vector.kind, weight)}
-    result = torch.empty(weight.shape, dtype=torch.int64)
-    for rows in _pieces(weight):
-        own = {f"{name}/{key}": t if key == "A" else t[rows] for key, t in stored.items()}
-        delta = reproducible_delta(replace(vector, tensors=own), name, weight[rows])
-        if not (peak := largest(delta)) <= LARGEST:  # also if it is not a number
-            raise ContributionError(
-                f"The task vector of {owner} changes {name!r} by {peak:g}, expected at most "
-                f"{LARGEST:g}. Its training diverged: train it again with a lower `learning-rate`."
-            )
-        result[rows] = delta.mul_(2.0**BITS).round_()
-    return result
+    return _alone(_change(vector, name, weight, owner), weight)
 
 
-def _pieces(weight: Tensor) -> Iterator[slice]:
-    """Split a weight into slices of rows, each of about :data:`PIECE` elements."""
-    if weight.numel():
-        step = max(1, PIECE * len(weight) // weight.numel())
-        yield from (slice(start, start + step) for start in range(0, len(weight), step))
+def _change(vector: TaskVector, name: str, weight: Tensor, owner: str) -> Factors | Dense:
+    """Read the change of one weight; raises as :func:`rounded` does."""
+    if vector.kind is Kind.LORA:
+        factors = Factors.of(vector.tensors[f"{name}/B"], vector.tensors[f"{name}/A"])
+        if factors.error <= UNSURE:
+            return factors
+    if vector.kind in DENSE:  # in whatever dtype
+        values = vector.tensors[f"{name}/delta"]
+    else:
+        values = reproducible_delta(vector, name, weight)
+    if not (peak := largest(values)) <= LARGEST:  # also if it is not a number
+        raise ContributionError(
+            f"The task vector of {owner} changes {name!r} by {peak:g}, expected at most "
+            f"{LARGEST:g}. Its training diverged: train it again with a lower `learning-rate`."
+        )
+    return Dense(values, peak)
+
+
+def _alone(change: Factors | Dense, weight: Tensor) -> Tensor:
+    """Round one change, (out, in), int64."""
+    values = torch.zeros(weight.shape, dtype=torch.int64)
+    add_rounded(values, [change], 1)
+    return values
 
 
 def largest(values: Tensor) -> float | int:
@@ -206,8 +248,8 @@ def hash_rounded(digest: Any, name: str, values: Tensor) -> None:
 
 def squared_length(values: Tensor) -> float:
     """Return the squared length of values on the grid, (out, in), in units of task vectors."""
-    squares = (float(values[rows].double().square().sum()) for rows in _pieces(values))
-    return math.fsum(squares) * GRID * GRID
+    flat = (values[rows].double().view(-1) for rows in pieces(values))
+    return math.fsum(float(piece.dot(piece)) for piece in flat) * GRID * GRID
 
 
 def add(total: Tensor, term: Tensor, times: int) -> Tensor:
@@ -246,7 +288,7 @@ def compose(weight: Tensor, total: Tensor, *, factor: float) -> Tensor:
         (out, in), in the dtype of ``weight``; the same bits on every machine.
     """
     result = torch.empty_like(weight)
-    for rows in _pieces(weight):
+    for rows in pieces(weight):
         change = total[rows].double().mul_(factor * GRID)
         result[rows] = change.add_(weight[rows].double())
     return result

@@ -19,6 +19,7 @@ from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import timm_config
 from fedcompo.errors import FileFormatError
 from fedcompo.method.pool import Pool
+from fedcompo.runtime import in_order
 from fedcompo.storage.files import BACKBONE, CONFIG, WEIGHTS, tuples
 from fedcompo.storage.tensorstream import StreamedTensors
 
@@ -64,10 +65,13 @@ def stream_composition(
             backbone.tensors, coefficients, scale=factor, names=chosen, normalise=normalise
         )
         return
-    for name in chosen:
+
+    def composed(name: str) -> tuple[str, Tensor]:
         weight = backbone.tensors[name]
         total = rule.on_grid(Changes(name, weight, pool.contributions, times))
-        yield name, fixed_point.compose(weight, total, factor=factor)
+        return name, fixed_point.compose(weight, total, factor=factor)
+
+    yield from in_order(composed, chosen)
 
 
 def times_of(
@@ -92,15 +96,17 @@ def factor_of(
     if known is not None:
         return known
     rule.check(pool.contributions, times)
-    squares: dict[tuple[str, str], float] = {}
-    squared_total = 0.0
-    for name in sorted(backbone.target_weights):
-        weight = backbone.tensors[name]
-        changes = Changes(name, weight, pool.contributions, times, squares=squares)
-        squared_total += fixed_point.squared_length(rule.on_grid(changes))
-    lengths = dict.fromkeys(times, 0.0)
-    for (client, _), squared in squares.items():
-        lengths[client] += squared
+    squared_total, lengths = 0.0, dict.fromkeys(times, 0.0)
+
+    def squares(name: str) -> tuple[float, dict[str, float]]:
+        own: dict[str, float] = {}
+        changes = Changes(name, backbone.tensors[name], pool.contributions, times, squares=own)
+        return fixed_point.squared_length(rule.on_grid(changes)), own
+
+    for squared, own in in_order(squares, sorted(backbone.target_weights)):
+        squared_total += squared
+        for client in own:
+            lengths[client] += own[client]
     rounded = {c: (times[c], significant(lengths[c], fixed_point.NORM_DIGITS)) for c in times}
     return Factor(norm_preserving(rounded, squared_total), FactorBy.NORMS)
 

@@ -23,6 +23,7 @@ from fedcompo.composition.fixed_point import Term
 from fedcompo.errors import ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.task_vector import TaskVector
+from fedcompo.runtime import in_order
 
 
 @dataclass
@@ -41,7 +42,8 @@ class RunningSum:
     def __post_init__(self) -> None:
         """Start at zero, unless a total is given."""
         if not self.total:
-            self.total = {n: torch.zeros(w.shape, dtype=torch.int64) for n, w in self._weights()}
+            shapes = {name: weight.shape for name, weight in self.theta_0.items()}
+            self.total = {n: torch.zeros(s, dtype=torch.int64) for n, s in sorted(shapes.items())}
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -54,7 +56,7 @@ class RunningSum:
         Raises:
             ContributionError: If a value cannot be summed; the sum is then unchanged.
         """
-        self.total = self._changed([*self._last(client), Term(client, vector, times)])
+        self.total = dict(self._changed([*self._last(client), Term(client, vector, times)]))
         self.vectors[client], self.times[client] = vector, times
 
     def drop(self, client: str) -> None:
@@ -64,7 +66,7 @@ class RunningSum:
                 f"There is no task vector of {client!r} in the sum, which holds "
                 f"{', '.join(self.clients) or 'nobody'}."
             )
-        self.total = self._changed(self._last(client))
+        self.total = dict(self._changed(self._last(client)))
         del self.vectors[client], self.times[client]
 
     def rest(self, client: str, *, together: int) -> Weights:
@@ -78,11 +80,8 @@ class RunningSum:
             By weight name, each (out, in), float32.
         """
         last = self._last(client)
-        rest = {}
-        for name, weight in self._weights():
-            others = fixed_point.sum_of(last, name, weight, start=self.total[name])
-            rest[name] = others.double().mul_(fixed_point.GRID / together).float()
-        return rest
+        grid = fixed_point.GRID / together
+        return {n: s.double().mul_(grid).float() for n, s in self._changed(last)}
 
     def _last(self, client: str) -> list[Term]:
         """Return the term that takes a client's last task vector out, if it has one."""
@@ -90,14 +89,11 @@ class RunningSum:
             return []
         return [Term(client, self.vectors[client], -self.times[client])]
 
-    def _changed(self, terms: list[Term]) -> dict[str, Tensor]:
-        """Return the sum with more terms; the present sum stays as it is."""
-        return {
-            name: fixed_point.sum_of(terms, name, weight, start=self.total[name])
-            for name, weight in self._weights()
-        }
+    def _changed(self, terms: list[Term]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the sum with more terms, by weight; the present sum stays as it is."""
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Target weights on the CPU, in the order of names."""
-        for name in sorted(self.theta_0):
-            yield name, self.theta_0[name].cpu()
+        def changed(name: str) -> tuple[str, Tensor]:
+            weight, start = self.theta_0[name].cpu(), self.total[name]
+            return name, fixed_point.sum_of(terms, name, weight, start=start)
+
+        return in_order(changed, sorted(self.theta_0))

@@ -8,7 +8,7 @@ members in its place. Plain timm loads the folder, unless it is composed of tang
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.pool import Pool
 from fedcompo.report.progress import each
+from fedcompo.runtime import THREADS, Made, in_order
 from fedcompo.storage.files import RULED, SUM
 from fedcompo.storage.tensorstream import StreamedTensors, TensorWriter
 
@@ -51,7 +52,7 @@ def write_sum(
         terms: Clients to add; where ``before`` is given, also clients to take out.
         count: M, over all members.
         before: Sum to continue; None: start at zero.
-        hashed: Hash the rounded form of those who are new.
+        hashed: Hash the rounded form of those who are new, which keeps it to one thread.
 
     Returns:
         The rounding of each term, in their order, and :math:`\lVert\sum_c m_c \tau_c\rVert^2`.
@@ -69,11 +70,19 @@ def write_sum(
         name: (torch.int64, backbone.tensors.layout[name][1]) for name in backbone.target_weights
     }
     about = {"base": backbone.fingerprint, "count": count}
+
+    def added_up(name: str) -> tuple[str, Tensor, float, list[Rounding]]:
+        weight, start = backbone.tensors[name], before[name] if before is not None else None
+        parts = [rounding.part() for rounding in roundings]
+        total = fixed_point.sum_of(terms, name, weight, start=start, roundings=parts)
+        return name, total, fixed_point.squared_length(total), parts
+
     with TensorWriter(path, layout, {"content": "sum", "bits": fixed_point.BITS, **about}) as file:
-        for name in _weights(backbone, "adding up"):
-            weight, start = backbone.tensors[name], before[name] if before is not None else None
-            total = fixed_point.sum_of(terms, name, weight, start=start, roundings=roundings)
-            squared += fixed_point.squared_length(total)
+        threads = 1 if hashed else THREADS
+        for name, total, length, parts in _each(added_up, backbone, "adding up", threads):
+            squared += length
+            for rounding, part in zip(roundings, parts, strict=True):
+                rounding.take(part)
             file.write(name, total)
     return roundings, squared
 
@@ -103,14 +112,18 @@ def write_ruled(
     rule, running, squared = settings.made_by, StreamedTensors(folder / SUM), 0.0
     rule.check(members, times)
     about = {"content": "ruled", "bits": fixed_point.BITS, "base": backbone.fingerprint}
+
+    def ruled(name: str) -> tuple[str, Tensor, float]:
+        if same is None:
+            changes = Changes(name, backbone.tensors[name], members, times, running[name])
+            total = rule.on_grid(changes)
+        else:
+            total = same[name]
+        return name, total, fixed_point.squared_length(total)
+
     with TensorWriter(folder / RULED, running.layout, {**about, "rule": rule.text}) as file:
-        for name in _weights(backbone, f"composing by {rule.text}"):
-            if same is None:
-                weight = backbone.tensors[name]
-                total = rule.on_grid(Changes(name, weight, members, times, running[name]))
-            else:
-                total = same[name]
-            squared += fixed_point.squared_length(total)
+        for name, total, length in _each(ruled, backbone, f"composing by {rule.text}"):
+            squared += length
             file.write(name, total)
     return squared
 
@@ -131,16 +144,18 @@ def write_composed(
     running, ruled = StreamedTensors(folder / SUM), folder / RULED
     total = StreamedTensors(ruled) if ruled.exists() else running
 
-    def composed() -> Iterator[tuple[str, Tensor]]:
-        for name in _weights(backbone, "composing"):
-            weight = backbone.tensors[name]
-            yield name, fixed_point.compose(weight, total[name], factor=factor)
+    def composed(name: str) -> tuple[str, Tensor]:
+        return name, fixed_point.compose(backbone.tensors[name], total[name], factor=factor)
 
     about = {**about, "base": backbone.fingerprint, "count": running.manifest["count"]}
-    write_model(folder, backbone, composed(), head, linearised=linearised, about=about)
+    weights = _each(composed, backbone, "composing")
+    write_model(folder, backbone, weights, head, linearised=linearised, about=about)
 
 
-def _weights(backbone: StoredBackbone, what: str) -> Iterator[str]:
-    """Names of the target weights, sorted, while whoever listens is told how many are done."""
+def _each(
+    work: Callable[[str], Made], backbone: StoredBackbone, what: str, threads: int = THREADS
+) -> Iterator[Made]:
+    """Do the work of each target weight, in their order, and tell whoever listens how far it is."""
     names = sorted(backbone.target_weights)
-    return each(names, "weights", what, total=len(names))
+    made = in_order(work, names, most=threads)
+    return each(made, "weights", what, total=len(names))

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -35,17 +35,18 @@ from fedcompo.data.pictures import (
     see_through,
     top_of,
 )
-from fedcompo.data.threads import in_threads
 from fedcompo.errors import DataError
 from fedcompo.method.images import Images, part_of
 from fedcompo.report.pictures import ODD, REPEATED, SEE_THROUGH, WIDE, Facts
 from fedcompo.report.progress import track
 from fedcompo.report.twins import few
-from fedcompo.runtime import one_thread, version
+from fedcompo.runtime import in_order, one_thread, version, workers
 from fedcompo.storage.files import canonical
 
 IN_MEMORY = 64 * 2**20
 """Bytes of decoded images that are held in memory at most."""
+AHEAD = 16
+"""Images a thread that are decoded before they are stored."""
 QUICK = 1.0
 """Seconds of decoding up to which images that fit into memory are decoded again in later phases."""
 FORMAT = 1
@@ -230,7 +231,9 @@ class Reader:
     ) -> list[int]:
         """Store some rows, in order; return those whose pictures must be read again."""
         waiting, faults = [], {}
-        examples = in_threads(lambda row: self.example(row, tops), rows)
+        Image.init()  # two threads that load Pillow's formats at once may each miss some
+        example_of = partial(self.example, tops=tops)
+        examples = in_order(example_of, rows, most=workers(), ahead=AHEAD)
         with track(len(rows), self._unit, "decoding") as count:
             for row, example in zip(rows, examples, strict=True):
                 if example.fault:

@@ -15,14 +15,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedcompo.config.choices import Kind, are_tangents
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.deltas import Weights
+from fedcompo.method.task_vector import weighted_sum
 from fedcompo.names import require_known
+from fedcompo.runtime import in_order
 
 
 @dataclass(frozen=True)
@@ -127,15 +128,18 @@ class Pool:
             normalise: Whether coefficients must be a mean's.
         """
         coefficients = self.check_composable(coefficients, normalise=normalise)
-        changing = {name for c in self for name in c.task_vector.names}
-        for name in sorted(changing if names is None else names):
+        holders: dict[str, list[Contribution]] = {}
+        for contribution in self:
+            for name in contribution.task_vector.names:
+                holders.setdefault(name, []).append(contribution)
+
+        def composed(name: str) -> tuple[str, Tensor]:
             weight = theta_0[name]
-            total = torch.zeros_like(weight, dtype=torch.float64)
-            for contribution in self:
-                if name in contribution.task_vector.names:
-                    delta = contribution.task_vector.delta(name, weight)
-                    total += coefficients[contribution.client] * delta.double()
-            yield name, (weight.double() + scale * total).to(weight.dtype)
+            own = ((c.task_vector, coefficients[c.client]) for c in holders.get(name, ()))
+            change = weighted_sum(own, name, weight)
+            return name, (weight.double() + scale * change).to(weight.dtype)
+
+        yield from in_order(composed, sorted(holders if names is None else names))
 
     def check_composable(
         self, coefficients: Mapping[str, float] | None, *, base: str = "", normalise: bool = True

@@ -7,10 +7,11 @@ task vectors are added up. Source: Ilharco et al., *Editing Models with Task Ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from fedcompo.config.choices import Kind
@@ -24,6 +25,9 @@ TENSORS = "tensors:"
 """Mark of a SHA-256 of a task vector's tensors, as they are stored."""
 NOTHING = TENSORS + "0" * 64
 """Stands for that of every task vector of zeros: who learnt nothing is nobody's copy."""
+
+STACKED = 256
+"""Ranks that are multiplied at a time, where LoRAs are added up."""
 
 
 @dataclass(frozen=True)
@@ -122,3 +126,27 @@ class TaskVector:
                     f"The factors of {name!r} of {owner} have the rank {rank_a}, expected 1 to "
                     f"{most}. Train it with another `rank`."
                 )
+
+
+def weighted_sum(terms: Iterable[tuple[TaskVector, float]], name: str, weight: Tensor) -> Tensor:
+    r"""Add up changes of one weight: :math:`\sum_c w_c \tau_c`, (out, in), float64.
+
+    LoRAs side by side are one product: :math:`(w_1 B_1, w_2 B_2, …)\,(A_1; A_2; …)`.
+
+    Args:
+        terms: Task vectors and how much each counts, :math:`w_c`.
+        name: Name of the weight.
+        weight: Its pre-trained value, (out, in); gives the device of the result.
+    """
+    total = torch.zeros_like(weight, dtype=torch.float64)
+    left, right = [total[:, :0]], [total[:0]]
+    for vector, times in terms:
+        if vector.kind is not Kind.LORA:
+            total.add_(vector.delta(name, weight).double(), alpha=times)
+            continue
+        left.append(times * vector.tensors[f"{name}/B"].to(total))
+        right.append(vector.tensors[f"{name}/A"].to(total))
+        if sum(map(len, right)) >= STACKED:
+            total.addmm_(torch.cat(left, 1), torch.cat(right))
+            del left[1:], right[1:]
+    return total.addmm_(torch.cat(left, 1), torch.cat(right))

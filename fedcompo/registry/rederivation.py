@@ -22,6 +22,7 @@ from fedcompo.method.task_vector import TENSORS
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removed import vector_digest
 from fedcompo.registry.state import State
+from fedcompo.runtime import THREADS, in_order
 from fedcompo.storage.files import REALIGNED, canonical
 
 CLOSE = 1e-4
@@ -66,23 +67,34 @@ def recomposed(registry: RegistryReader) -> Finding:
     terms, times = terms_of(pool, state.settings), times_of(pool, state.settings)
     known, squared_norm, apart = [m.rounded_sha256 for m in state.members.values()], 0.0, 0.0
     roundings = [Rounding(hashed=not digest.startswith(TENSORS)) for digest in known]
-    for name in sorted(backbone.tensors):
-        weight = backbone.tensors[name]
+
+    def again(name: str) -> tuple[str, list[Rounding], float, float]:
+        """What differs at a weight, its roundings, its squared length, how far the rule is off."""
+        parts: list[Rounding] = []
+        weight, squared, here = backbone.tensors[name], 0.0, 0.0
         if name in backbone.target_weights:
-            total = fixed_point.sum_of(terms, name, weight, roundings=roundings)
+            parts = [rounding.part() for rounding in roundings]
+            total = fixed_point.sum_of(terms, name, weight, roundings=parts)
             if not torch.equal(total, running[name]):
-                return Finding(claim, False, f"the running sum differs at {name!r}")
+                return f"the running sum differs at {name!r}", [], 0.0, 0.0
             if not rule.is_sum:
-                again = rule.on_grid(Changes(name, weight, pool.contributions, times, total))
+                made = rule.on_grid(Changes(name, weight, pool.contributions, times, total))
                 total = ruled[name]
-                here = distance(total, again)
+                here = distance(total, made)
                 if here > (0 if rule.portable else CLOSE):
-                    return Finding(claim, False, f"what {rule.text} makes differs at {name!r}")
-                apart = max(apart, here)
-            squared_norm += fixed_point.squared_length(total)
+                    return f"what {rule.text} makes differs at {name!r}", [], 0.0, 0.0
+            squared = fixed_point.squared_length(total)
             weight = fixed_point.compose(weight, total, factor=state.factor)
-        if not torch.equal(weight, model[name]):
-            return Finding(claim, False, f"the model differs at {name!r}")
+        differing = "" if torch.equal(weight, model[name]) else f"the model differs at {name!r}"
+        return differing, parts, squared, here
+
+    threads = THREADS if all(digest.startswith(TENSORS) for digest in known) else 1
+    for differing, parts, squared, here in in_order(again, sorted(backbone.tensors), most=threads):
+        if differing:
+            return Finding(claim, False, differing)
+        for rounding, part in zip(roundings, parts, strict=False):
+            rounding.take(part)
+        squared_norm, apart = squared_norm + squared, max(apart, here)
     for member, term, rounding in zip(state.members.values(), terms, roundings, strict=True):
         if vector_digest(term.vector, rounding) != member.rounded_sha256:
             return Finding(claim, False, f"{member.client} has a task vector of another digest")

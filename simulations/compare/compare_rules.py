@@ -73,16 +73,14 @@ def measured(bench: Bench, rule: Rule) -> dict[str, Any]:
     times = times_of(pool, settings)
     rule.check(pool.contributions, times)
     began = time.process_time()
-    squares: dict[tuple[str, str], float] = {}
-    total, squared = {}, 0.0
+    total, squared, lengths = {}, 0.0, dict.fromkeys(times, 0.0)
     for name, weight in sorted(bench.backbone.theta_0.items()):
+        squares: dict[str, float] = {}
         changes = Changes(name, weight, pool.contributions, times, squares=squares)
         total[name] = rule.on_grid(changes)
         squared += fixed_point.squared_length(total[name])
+        lengths = {client: lengths[client] + squares[client] for client in times}
     seconds = time.process_time() - began
-    lengths = dict.fromkeys(times, 0.0)
-    for (client, _), own in squares.items():
-        lengths[client] += own
     together = sum(times.values())
     kept = together * norm_preserving({c: (times[c], lengths[c]) for c in times}, squared)
     tried = {}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from registry_builders import exact_delta, exact_term
 from torch import Tensor
 
-from fedcompo.composition import fixed_point
+from fedcompo.composition import fixed_point, products
 from fedcompo.composition.fixed_point import BITS, CEILING, GRID, LARGEST
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError
@@ -163,7 +163,7 @@ WIDE = normal(70, 40, seed=5, dtype=torch.float32)
 
 @pytest.fixture(params=[1, 40, 100, 2799, 2800, 10**6])
 def piece(request, monkeypatch):
-    monkeypatch.setattr(fixed_point, "PIECE", request.param)
+    monkeypatch.setattr(products, "PIECE", request.param)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import BITS, CEILING, GRID
+from fedcompo.composition.fixed_point import BITS, CEILING, GRID, Rounding, Term
 from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.fisher import FisherDiagonal
@@ -47,8 +47,8 @@ class Changes:
     """How often each member counts, by client: whole numbers m_c, or any coefficients."""
     known: Tensor | None = None
     """S, the members' sum on the grid, (out, in), int64; None: it is taken here."""
-    squares: dict[tuple[str, str], float] | None = None
-    """Where squared lengths are noted as members are read, by client and weight; None: nowhere."""
+    squares: dict[str, float] | None = None
+    """Where squared lengths are noted as members are read, by client; None: nowhere."""
 
     def __iter__(self) -> Iterator[Change]:
         """Read one member after the other; a pass holds one of them."""
@@ -61,7 +61,7 @@ class Changes:
                 owner = f"client {own.client!r}"
                 values = fixed_point.rounded(own.task_vector, self.name, self.weight, owner=owner)
             if self.squares is not None:
-                self.squares[own.client, self.name] = fixed_point.squared_length(values)
+                self.squares[own.client] = fixed_point.squared_length(values)
             yield own, values
 
     def __len__(self) -> int:
@@ -77,10 +77,13 @@ class Changes:
         """Return S, (out, in), int64; the members must count whole times."""
         if self.known is not None:
             return self.known
-        total = torch.zeros(self.weight.shape, dtype=torch.int64)
-        for own, values in self._rounded():
-            with blaming(own.client):
-                total = fixed_point.add(total, values, int(self.times[own.client]))
+        times = self.times
+        terms = [Term(own.client, own.task_vector, int(times[own.client])) for own in self.members]
+        if self.squares is None:
+            return fixed_point.sum_of(terms, self.name, self.weight)
+        roundings = [Rounding() for _ in terms]
+        total = fixed_point.sum_of(terms, self.name, self.weight, roundings=roundings)
+        self.squares.update({t.client: r.squared for t, r in zip(terms, roundings, strict=True)})
         return total
 
     @property
