@@ -33,7 +33,7 @@ from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
 
-COMPARED = 128
+COMPARED = 64
 """Images of whose Fisher a factored one is compared with the dense form; evenly spaced batches."""
 
 
