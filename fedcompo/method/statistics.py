@@ -68,7 +68,9 @@ class FeatureSums:
             raise DataError(f"Class {empty[0]!r} has no image; remove it or add images.")
         width = features.shape[1]
         sums, second = (torch.zeros(n, width, dtype=torch.float64) for n in (len(classes), width))
-        for part, own in zip(features.split(AT_A_TIME), owners.split(AT_A_TIME), strict=True):
+        for part, own in zip(
+            torch.split(features, AT_A_TIME), torch.split(owners, AT_A_TIME), strict=True
+        ):
             values = part.double().cpu()
             sums.index_add_(0, own, values)
             second.addmm_(values.T, values)

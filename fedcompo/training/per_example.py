@@ -74,7 +74,7 @@ def squared_margins(
     for name, g, a in _token_factors(record, features, cotangent):
         if 2 * g.shape[1] * (g.shape[2] + a.shape[2]) < g.shape[2] * a.shape[2]:
             rows, columns = ((a @ a.mT @ g).mul_(g), (g @ g.mT @ a).mul_(a))
-            yield name, *(part.sum((0, 1)).clamp_min_(0) for part in (rows, columns))
+            yield name, rows.sum((0, 1)).clamp_min_(0), columns.sum((0, 1)).clamp_min_(0)
         else:
             total = sum(squares.sum(0) for _, squares in _squares(g, a))
             assert isinstance(total, Tensor)

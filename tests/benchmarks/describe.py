@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,9 @@ def table(backbone: Backbone, whole: Stored, classes: int, given: argparse.Names
                 backbone.model(batch)
 
     sizes = [size for size in BATCHES if given.images % size == 0] or [1]
-    work: dict[str, Callable[[int], None]] = {
-        f"{BARE} {size}": lambda count, size=size: bare(size, count) for size in sizes
-    }
-    for name in (ALONE, *given.curvatures):
-        work[name] = lambda count, name=name: describe(name, count)
+    work: dict[str, Callable[[int], None]]
+    work = {f"{BARE} {size}": partial(bare, size) for size in sizes}
+    work |= {name: partial(describe, name) for name in (ALONE, *given.curvatures)}
     memory = {
         name: [rise(do, factor * given.images) for factor in (1, 4)] for name, do in work.items()
     }
