@@ -31,7 +31,7 @@ from fedcompo.messages.requests import (
     registered_name,
     shard_in,
 )
-from fedcompo.runtime import installed_versions, peak_bytes, reset_peak
+from fedcompo.runtime import installed_versions, memory_kept, peak_bytes, reset_peak
 
 app = ClientApp()
 
@@ -92,7 +92,8 @@ def answered(answer: Callable[[], Answer]) -> RecordDict:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     reset_peak()
-    tensors, manifest = answer().to_body()
+    with memory_kept():
+        tensors, manifest = answer().to_body()
     process = Process(peak_memory=peak_bytes(), versions=installed_versions())
     return to_record(tensors, manifest | process.to_body()[1])
 

@@ -7,11 +7,14 @@ task vector and its metric, so that they need not be sent again; the server has 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from clients import outgoing
 from clients.course import course_of
@@ -148,12 +151,12 @@ class LocalClient:
 
     def describe(self, request: DescribeRequest) -> DescribeAnswer:
         """Describe all training images at θ₀, and sum their Fisher diagonal if it is asked for."""
-        fisher = None
-        if request.fisher:
-            of_features = self.config.fisher.curvature is Curvature.FEATURES
-            fisher = self._fisher(None if of_features else self._probe())
-        form = self.config.head.statistics
-        statistics, caps = self.statistics(self.data.train, {}, form=form, purpose="features")
+        of_features = self.config.fisher.curvature is Curvature.FEATURES
+        head = None if of_features or not request.fisher else self._probe()
+        seen: list[Tensor] = []  # features, as the estimate of the Fisher sees them
+        fisher = self._fisher(head, seen) if request.fisher else None
+        train, form = self.data.train, self.config.head.statistics
+        statistics, caps = self.statistics(train, {}, form=form, purpose="features", seen=seen)
         return DescribeAnswer(
             **self._about(),
             statistics=statistics,
@@ -262,20 +265,23 @@ class LocalClient:
         form: Statistics,
         purpose: str,
         linearised: bool = False,
+        seen: Sequence[Tensor] = (),
     ) -> tuple[AnyStatistics, dict[str, Any]]:
-        """Statistics of a model's features, by class, and the answer's report on caps."""
-        forward = feature_map(self.backbone, theta, tangent=linearised)
-        features = extract_features(forward, images.images)
-        seed = derive_seed(self.config.seed, purpose, self.name)
-        classes = self.data.classes
-        return outgoing.statistics_of(
-            features, images.labels, classes, self.config, form=form, seed=seed
-        )
+        """Statistics of a model's features, by class, and the answer's report on caps.
 
-    def _fisher(self, head: Head | None) -> FisherAnswer:
+        Features of all images that were seen already are not computed again.
+        """
+        if sum(map(len, seen)) != len(images.labels):
+            forward = feature_map(self.backbone, theta, tangent=linearised)
+            seen = [extract_features(forward, images.images)]
+        seed, classes = derive_seed(self.config.seed, purpose, self.name), self.data.classes
+        own = images.labels, classes, self.config
+        return outgoing.statistics_of(torch.cat([*seen]), *own, form=form, seed=seed)
+
+    def _fisher(self, head: Head | None, seen: list[Tensor] | None = None) -> FisherAnswer:
         """The Fisher diagonal of the training images; of their features if there is no head."""
         images, who = self.data.train.images, self.who()
-        return outgoing.fisher_of(self.backbone, head, images, self.config, who=who)
+        return outgoing.fisher_of(self.backbone, head, images, self.config, who=who, seen=seen)
 
     def _probe(self) -> Head:
         """The client's own head. Each phase fits it again and gets the same bits."""

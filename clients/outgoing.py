@@ -20,7 +20,7 @@ from fedcompo.messages.requests import own_tensors
 from fedcompo.messages.wire import decode, encode, relative_error
 from fedcompo.method.contribution import AnyStatistics
 from fedcompo.method.features import fit_mixtures
-from fedcompo.method.fisher import COLUMNS, INPUTS, ROWS, FisherDiagonal, outer
+from fedcompo.method.fisher import INPUTS, FisherDiagonal
 from fedcompo.method.heads import Head
 from fedcompo.method.images import Images, batches
 from fedcompo.method.kronecker import whole
@@ -83,6 +83,7 @@ def fisher_of(
     config: RunConfig,
     *,
     who: Mapping[str, Any],
+    seen: list[Tensor] | None = None,
 ) -> FisherAnswer:
     """Sum the Fisher diagonal, in the form and number format that the caps allow.
 
@@ -94,6 +95,7 @@ def fisher_of(
         images: Of training, (count, channels, size, size), uint8.
         config: Settings, capped.
         who: What every answer states of the client.
+        seen: Gets the features of the images used, but under noise; see :func:`fisher_of_images`.
     """
     started, caps = time.perf_counter(), config.caps
     caps_report: dict[str, Any] = {}
@@ -114,10 +116,16 @@ def fisher_of(
             owner=who["client"],
             head=head,
             form=caps.fisher_form,
+            seen=seen,
         )
         report = asdict(figures)
+        error = report.pop("form_error")
+        if caps.fisher_form is FisherForm.KRONECKER:
+            sent = fisher.thinned()
+            error = relative_error(fisher.sums, {n: whole(t) for n, t in sent.sums.items()})
+            fisher = sent
         if caps.fisher_form is not FisherForm.DENSE:
-            fisher, caps_report["form_error"] = _in_form(fisher, caps.fisher_form)
+            caps_report["form_error"] = error
     body = prefixed(FISHER, {name: total.float() for name, total in fisher.tensors.items()})
     coded, arrived = _on_the_wire(body, caps.wire)
     if caps.wire is not Wire.FLOAT32 and body:
@@ -131,17 +139,6 @@ def fisher_of(
         report={**report, "seconds": time.perf_counter() - started},
         caps=caps_report,
     )
-
-
-def _in_form(fisher: FisherDiagonal, form: FisherForm) -> tuple[FisherDiagonal, float]:
-    """Return the form of a Fisher that is sent, and its error: of the factors, if Kronecker."""
-    if form is FisherForm.KRONECKER:
-        sent = fisher.thinned()
-        return sent, relative_error(fisher.sums, {n: whole(t) for n, t in sent.sums.items()})
-    sent = fisher.reduced()
-    margins = {n: (sent.sums[f"{n}{ROWS}"], sent.sums[f"{n}{COLUMNS}"]) for n in fisher.sums}
-    read = {name: outer(rows, columns) for name, (rows, columns) in margins.items()}
-    return sent, relative_error(fisher.sums, read)
 
 
 def _private(

@@ -125,14 +125,19 @@ def table_of(monkeypatch, capsys, name: str, *options: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_fisher_passes_grow_with_the_classes_but_for_those_of_features(monkeypatch, capsys):
-    options = ["--images", "2", "--rounds", "1", "--classes", "3", "9"]
-    rows = table_of(monkeypatch, capsys, "fisher_passes", *options)
+def test_describing_is_set_beside_a_forward_pass_by_curvature_and_classes(monkeypatch, capsys):
+    options = ["--images", "16", "--rounds", "1", "--classes", "3", "9"]
+    rows = table_of(monkeypatch, capsys, "describe", *options)
     assert [row[:3] for row in rows] == [
-        [classes, curvature, passes]
+        [classes, what, passes]
         for classes, exact in (("3", "2"), ("9", "8"))
-        for curvature, passes in (("features", "1"), ("exact", exact), ("monte-carlo", "4"))
+        for what, passes in (
+            ("bare forward pass 16", "0"),
+            ("describe without Fisher", "0"),
+            *(("features", "1"), ("exact", exact), ("monte-carlo", "4")),
+        )
     ]
+    assert rows[0][4] == "1.00"
 
 
 def test_factored_fisher_sets_every_form_beside_the_dense_one(monkeypatch, capsys):

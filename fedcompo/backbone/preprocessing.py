@@ -199,7 +199,8 @@ class Preprocessing:
             return torch.tensor(values, device=images.device).view(1, -1, 1, 1)
 
         # A divisor on the device: by a number, a GPU multiplies with the rounded reciprocal.
-        return (images.float() / column(255) - column(*self.mean)) / column(*self.std)
+        scaled = images.to(torch.float32, copy=True).div_(column(255))
+        return scaled.sub_(column(*self.mean)).div_(column(*self.std))
 
 
 @lru_cache(maxsize=4)

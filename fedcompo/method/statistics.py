@@ -27,6 +27,8 @@ BITS = 24
 """A sum is a whole multiple of 2^-24. A float32 above one is such a multiple itself."""
 CEILING = 2**62
 """Sums stay below this: half of the range of int64."""
+AT_A_TIME = 4096
+"""Images whose features are in memory in float64."""
 ROUNDING = 2.0**-20
 """Bound on what float32 and the grid do to a scatter, relative to its second moment."""
 LIMIT = CEILING // 16
@@ -60,12 +62,19 @@ class FeatureSums:
             DataError: If a class has no image.
         """
         classes = tuple(classes)
-        values, owners = features.double().cpu(), labels.cpu()
+        owners = labels.cpu()
         counts = torch.bincount(owners, minlength=len(classes))
         if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
             raise DataError(f"Class {empty[0]!r} has no image; remove it or add images.")
-        sums = values.new_zeros(len(classes), values.shape[1]).index_add_(0, owners, values)
-        return cls.read(classes, counts, sums, packed(values.T @ values))
+        width = features.shape[1]
+        sums, second = (torch.zeros(n, width, dtype=torch.float64) for n in (len(classes), width))
+        for part, own in zip(
+            torch.split(features, AT_A_TIME), torch.split(owners, AT_A_TIME), strict=True
+        ):
+            values = part.double().cpu()
+            sums.index_add_(0, own, values)
+            second.addmm_(values.T, values)
+        return cls.read(classes, counts, sums, packed(second))
 
     @classmethod
     def read(

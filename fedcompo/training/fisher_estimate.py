@@ -25,15 +25,15 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
 from fedcompo.config.choices import Curvature, FisherForm
 from fedcompo.method.deltas import Weights
-from fedcompo.method.fisher import INPUTS, FisherDiagonal
+from fedcompo.method.fisher import ENDS, INPUTS, FisherDiagonal, outer
 from fedcompo.method.heads import Head
-from fedcompo.method.kronecker import LEFT, RIGHT
 from fedcompo.training.per_example import (
     evaluation_mode,
     gradient_products,
@@ -41,6 +41,7 @@ from fedcompo.training.per_example import (
     require_own_rows,
     require_recorded,
     squared_gradients,
+    squared_margins,
 )
 
 
@@ -53,6 +54,9 @@ class FisherReport:
     batches: int
     trace: float
     """Sum of all entries of the estimate."""
+    form_error: float = 0.0
+    """Factored: how far the dense form of the batches that were compared is from theirs, in lengths
+    of it."""
 
 
 def estimate_fisher(
@@ -65,6 +69,8 @@ def estimate_fisher(
     samples: int = 1,
     generator: torch.Generator | None = None,
     form: FisherForm = FisherForm.DENSE,
+    compare: int = 1,
+    seen: list[Tensor] | None = None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher of some weights of a model.
 
@@ -77,7 +83,9 @@ def estimate_fisher(
         curvature: Of what.
         samples: For Monte Carlo: number of labels drawn for each example.
         generator: Source of directions and labels, on the CPU.
-        form: Kronecker, or any other: it is dense then.
+        form: Dense, factored or Kronecker.
+        compare: Factored: every so many batches the dense form is computed too, to compare.
+        seen: Gets the features of each batch, on the CPU.
 
     Returns:
         The *sum* over examples, float64, Kronecker factors as matrices, with the squares of the
@@ -93,16 +101,18 @@ def estimate_fisher(
     device = next(iter(parameters.values())).device
     zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
     inputs = {name + INPUTS: zeros(parameters[name].shape[1]) for name in names}
-    ends = ((LEFT, 0, 0), (RIGHT, 1, 1)) if form is FisherForm.KRONECKER else (("", 0, 1),)
-    for name, (end, *axes) in itertools.product(names, ends):
-        shape = [parameters[name].shape[axis] for axis in axes]
-        sums[name + end] = zeros(shape)
+    dense = {} if form is FisherForm.KRONECKER else {n: zeros(parameters[n].shape) for n in names}
+    for name, (axis, end) in itertools.product(names, enumerate(ENDS.get(form, ()))):
+        size = parameters[name].shape[axis]
+        sums[name + end] = zeros((size, size) if form is FisherForm.KRONECKER else size)
     count = passes = done = 0
     with evaluation_mode(model), recorded(model, names) as record:
         for images in batches:
             if not done:
                 require_own_rows(model, images, names, record)
             features = model(images)
+            if seen is not None:
+                seen.append(features.detach().float().cpu())
             require_recorded(record, names)
             for name, (given, _) in record.items():
                 squares = given.square().reshape(len(images), -1, given.shape[-1])
@@ -112,17 +122,28 @@ def estimate_fisher(
             else:
                 cotangents = softmax_cotangents(features, head, curvature, samples, generator)
             for cotangent in cotangents:
-                if form is FisherForm.KRONECKER:
-                    for name, left, right in gradient_products(record, features, cotangent):
-                        sums[name + LEFT].add_(left)
-                        sums[name + RIGHT].add_(right)
+                if form is FisherForm.KRONECKER or (sums and done % compare):
+                    both = gradient_products if form is FisherForm.KRONECKER else squared_margins
+                    for name, *found in both(record, features, cotangent):
+                        for end, part in zip(ENDS[form], found, strict=True):
+                            sums[name + end].add_(part)
                     continue
-                for name, _, squares in squared_gradients(record, features, cotangent):
-                    sums[name].add_(squares.sum(0))
+                squared = squared_gradients(record, features, cotangent)
+                for name, parts in itertools.groupby(squared, itemgetter(0)):
+                    dense[name].add_(sum(squares.sum(0) for _, _, squares in parts))
             passes, done, count = passes + len(cotangents), done + 1, count + len(images)
             record.clear()
-    fisher = FisherDiagonal(sums, count, inputs)
-    return fisher, FisherReport(passes, done, fisher.mean_trace() * count)
+    off = length = 0.0
+    if form is FisherForm.FACTORED:
+        for name, total in dense.items():
+            own = total.sum(1), total.sum(0)
+            off += float((total - outer(*own)).square().sum())
+            length += float(total.square().sum())
+            for end, part in zip(ENDS[form], own, strict=True):
+                sums[name + end].add_(part)
+    fisher = FisherDiagonal(sums or dense, count, inputs)
+    error = math.sqrt(off / length) if length else 0.0
+    return fisher, FisherReport(passes, done, fisher.mean_trace() * count, error)
 
 
 def directions(features: Tensor, generator: torch.Generator) -> Tensor:

@@ -42,11 +42,43 @@ def squared_gradients(
         Weight name, the examples of this part, their squared gradients (examples, out, in).
     """
     for name, g, a in _token_factors(record, features, cotangent):
-        chunk = CHUNK_BYTES.get(g.device.type, CHUNK_BYTES["cuda"])
-        step = max(1, chunk // (g.shape[-1] * a.shape[-1] * g.element_size()))
-        for start in range(0, len(g), step):
-            part = slice(start, start + step)
-            yield name, part, torch.bmm(g[part].mT, a[part]).square_()
+        for part, squares in _squares(g, a):
+            yield name, part, squares
+
+
+def _squares(g: Tensor, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield examples, and their squared gradients (examples, out, in), a part at a time."""
+    chunk = CHUNK_BYTES.get(g.device.type, CHUNK_BYTES["cuda"])
+    step = max(1, chunk // (g.shape[-1] * a.shape[-1] * g.element_size()))
+    for start in range(0, len(g), step):
+        part = slice(start, start + step)
+        yield part, torch.bmm(g[part].mT, a[part]).square_()
+
+
+def squared_margins(
+    record: Mapping[str, tuple[Tensor, GradientEdge]], features: Tensor, cotangent: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    r"""Sum the squared gradients of a batch over columns, and over rows.
+
+    Of few tokens no gradient is formed: the row sums of the squares are the diagonal of
+    :func:`gradient_products`' first matrix, the column sums that of the second.
+
+    Args:
+        record: From :func:`recorded`, after a forward pass.
+        features: What that pass returned, (batch, features).
+        cotangent: Gradient of the function at each example's features, (batch, features).
+
+    Yields:
+        Weight name, (out,), (in,).
+    """
+    for name, g, a in _token_factors(record, features, cotangent):
+        if 2 * g.shape[1] * (g.shape[2] + a.shape[2]) < g.shape[2] * a.shape[2]:
+            rows, columns = ((a @ a.mT @ g).mul_(g), (g @ g.mT @ a).mul_(a))
+            yield name, rows.sum((0, 1)).clamp_min_(0), columns.sum((0, 1)).clamp_min_(0)
+        else:
+            total = sum(squares.sum(0) for _, squares in _squares(g, a))
+            assert isinstance(total, Tensor)
+            yield name, total.sum(1), total.sum(0)
 
 
 def gradient_products(

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.preprocessing import Preprocessing
@@ -31,6 +32,9 @@ from fedcompo.report.progress import each
 from fedcompo.seeds import generator_for
 from fedcompo.storage.tensorstream import StreamedTensors
 from fedcompo.training.fisher_estimate import FisherReport, estimate_fisher
+
+COMPARED = 64
+"""Images of whose Fisher a factored one is compared with the dense form; evenly spaced batches."""
 
 
 def fit_probe(backbone: Backbone, data: Split, classes: tuple[str, ...], *, ridge: float) -> Head:
@@ -58,6 +62,7 @@ def fisher_of_images(
     owner: str,
     head: Head | None = None,
     form: FisherForm = FisherForm.DENSE,
+    seen: list[Tensor] | None = None,
 ) -> tuple[FisherDiagonal, FisherReport]:
     """Estimate the Fisher of the target weights on one party's images.
 
@@ -69,6 +74,7 @@ def fisher_of_images(
         owner: Whose images they are; draws are derived from ``seed`` and this name.
         head: Turns features into logits; needed for the Fisher of class probabilities.
         form: See :func:`estimate_fisher`.
+        seen: Gets the features of the images used, a batch at a time.
 
     Returns:
         The *sum* over the images used, float32 on the CPU, and a report.
@@ -89,6 +95,8 @@ def fisher_of_images(
         samples=config.fisher_samples,
         generator=generator_for(seed, "fisher", owner),
         form=form,
+        compare=-(-len(images) // max(config.fisher_batch, COMPARED)),
+        seen=seen,
     )
     sums = {name: total.float().cpu() for name, total in fisher.tensors.items()}
     return FisherDiagonal.read(sums, fisher.num_examples), report

@@ -136,6 +136,45 @@ def test_the_squares_of_inputs_are_those_of_each_layer_token_by_token(form, batc
         assert_same(dict(kept.inputs), expected)
 
 
+class Pooled(nn.Module):
+    """A layer that sees few tokens beside its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(30, 20)
+
+    def forward(self, tokens):
+        return self.layer(tokens).tanh().mean(1)
+
+
+@pytest.mark.parametrize("compare", [1, 2, 9])
+@pytest.mark.parametrize("curvature", [Curvature.FEATURES, Curvature.EXACT])
+@pytest.mark.parametrize("few_tokens", [True, False])
+def test_the_factored_form_has_the_margins_of_the_dense_one(few_tokens, curvature, compare):
+    model, images, names = pico_model(), IMAGES, NAMES
+    if few_tokens:
+        model, images, names = Pooled().double(), normal(6, 3, 30, seed=4), ("layer.weight",)
+    weight = normal(FEW, 20 if few_tokens else FEATURES, seed=2)
+    options = {"head": replace(head(FEW), weight=weight), "curvature": curvature}
+    seen: list[Tensor] = []
+    dense, report = estimate_fisher(model, images.split(1), names, seen=seen, **options)
+    found, told = estimate_fisher(
+        model, images.split(1), names, form=FisherForm.FACTORED, compare=compare, **options
+    )
+    assert_same(found.sums, dense.reduced().sums)
+    assert_same(found.inputs, dense.inputs)
+    assert told.trace == pytest.approx(report.trace)
+    torch.testing.assert_close(torch.cat(seen), model(images).float())
+    kept = [dense] if compare == 1 else []
+    if compare == 9:  # the first batch alone
+        kept = [estimate_fisher(model, [images[:1]], names, **options)[0]]
+    for whole_one in kept:
+        read = expanded(whole_one.reduced().sums, names)
+        off = sum(float((t - read[n]).square().sum()) for n, t in whole_one.sums.items())
+        length = sum(float(t.square().sum()) for t in whole_one.sums.values())
+        assert told.form_error == pytest.approx(math.sqrt(off / length), rel=1e-5)
+
+
 # -- of the features ----------------------------------------------------------------------------
 
 
