@@ -8,7 +8,7 @@ record says which survivors were, and is signed.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
@@ -60,43 +60,64 @@ class Influence:
         return not self.to_retrain
 
 
-def influence(
-    client: str, survivors: Iterable[str], lineages: Collection[tuple[str, Lineage]]
-) -> Influence:
-    """Follow a client's influence through the lineages.
+class Lineages:
+    """Whose data shaped whom; a set of clients is an integer, with a bit for each of them.
 
-    A lineage knows names, not which of the contributions that bore a name: if one of them was
-    influenced, all who name it count as influenced.
-
-    Args:
-        client: Client that is removed.
-        survivors: Clients that stay.
-        lineages: Of every contribution, also of those that were replaced or have left, through
-            which influence may have passed; the last one of a name is its present one.
+    So the influence of each of thousands is found in seconds, though everyone shaped everyone.
     """
-    touched, present = {client}, dict(lineages)
-    while more := {n for n, lineage in lineages if lineage.shaped_by & touched} - touched:
-        touched |= more
-    staying = sorted(set(survivors))
-    direct = {
-        part: tuple(name for name in staying if client in getattr(present[name], attribute))
-        for part, attribute in (
-            ("fisher", "anchored_by"),
-            ("statistics", "aligned_with"),
-            ("ensemble", "ensemble"),
-        )
-    }
-    known = {name for names in direct.values() for name in names}
-    indirect = tuple(n for n in staying if present[n].shaped_by & touched and n not in known)
-    return Influence(**direct, indirect=indirect)
+
+    def __init__(self, lineages: Iterable[tuple[str, Lineage]]) -> None:
+        """Number the clients.
+
+        Args:
+            lineages: Of every contribution, also of those that were replaced or have left, through
+                which influence may have passed; the last one of a name is its present one.
+        """
+        self._bits: dict[str, int] = {}
+        self._present: dict[str, tuple[int, ...]] = {}
+        self._all: list[tuple[int, int]] = []
+        for client, own in lineages:
+            named = own.anchored_by, own.aligned_with, own.ensemble
+            parts = tuple(sum(map(self._bit, set(names))) for names in named)
+            self._present[client] = parts
+            self._all.append((self._bit(client), parts[0] | parts[1] | parts[2]))
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Lineages:
+        """Those that a journal tells of."""
+        return cls((s.client, Lineage.parse(s.values["lineage"])) for s in stays_in(entries))
+
+    def influence(self, client: str, survivors: Iterable[str]) -> Influence:
+        """Follow a client's influence, which is removed, on those who stay.
+
+        A lineage knows names, not which of the contributions that bore a name: if one of them was
+        influenced, all who name it count as influenced.
+        """
+        own = touched = self._bit(client)
+        before = 0
+        while touched != before:
+            before = touched
+            for bit, shaped_by in self._all:
+                if shaped_by & touched:
+                    touched |= bit
+        found: tuple[list[str], ...] = [], [], [], []
+        for name in sorted(set(survivors)):
+            parts = self._present[name]
+            direct = [names for names, part in zip(found, parts, strict=False) if part & own]
+            indirect = not direct and any(part & touched for part in parts)
+            for names in [found[-1]] if indirect else direct:
+                names.append(name)
+        return Influence(*map(tuple, found))
+
+    def _bit(self, client: str) -> int:
+        return self._bits.setdefault(client, 1 << len(self._bits))
 
 
 def foreseen_influence(
     entries: Sequence[Entry], client: str, survivors: Sequence[str]
 ) -> Influence:
     """List the survivors that a removed client still influences, by the journal's lineages."""
-    lineages = [(own.client, Lineage.parse(own.values["lineage"])) for own in stays_in(entries)]
-    return influence(client, survivors, lineages)
+    return Lineages.of(entries).influence(client, survivors)
 
 
 @dataclass(frozen=True)

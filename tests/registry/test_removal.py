@@ -17,14 +17,14 @@ from fedcompo.errors import FileFormatError
 from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
 from fedcompo.registry.envelope import opened
-from fedcompo.registry.removal import Influence, RemovalRecord, influence
+from fedcompo.registry.removal import Influence, Lineages, RemovalRecord
 
 NAMES = "abcdef"
 
 
 def statement(client: str, lineages: Mapping[str, Lineage], *survivors: str) -> Influence:
     staying = survivors or [name for name in lineages if name != client]
-    return influence(client, staying, lineages.items())
+    return Lineages(lineages.items()).influence(client, staying)
 
 
 # -- influence ------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_influence_passes_through_clients_who_have_left():
 def test_influence_passes_through_contributions_that_were_replaced():
     lineages = {"a": Lineage(), "b": Lineage(), "c": Lineage(anchored_by=("b",))}
     former = [("b", Lineage(anchored_by=("a",))), ("b", Lineage())]
-    found = influence("a", "bc", [*former, *lineages.items()])
+    found = Lineages([*former, *lineages.items()]).influence("a", "bc")
     assert found.indirect == ("c",)  # shaped by what b was; b itself has trained again
     assert statement("a", lineages).exact
 
