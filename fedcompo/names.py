@@ -115,13 +115,12 @@ def check_distinct(name: str, known: Iterable[str]) -> str:
         ContributionError: If a known name is different, but resembles it.
     """
     own = resembles(name)
-    for other in known:
-        if other != name and resembles(other) == own:
-            raise ContributionError(
-                f"{name!r} could be mistaken for the client {other!r}: upper and lower case do not "
-                "tell names apart, nor do look-alikes such as 0 and O, or 1, l and I. "
-                "Choose a name that differs visibly."
-            )
+    if alike := [other for other in known if other != name and resembles(other) == own]:
+        raise ContributionError(
+            f"{name!r} could be mistaken for the client {min(alike)!r}: upper and lower case do "
+            "not tell names apart, nor do look-alikes such as 0 and O, or 1, l and I. "
+            "Choose a name that differs visibly."
+        )
     return name
 
 

@@ -67,20 +67,23 @@ class Lineages:
     """
 
     def __init__(self, lineages: Iterable[tuple[str, Lineage]]) -> None:
-        """Number the clients.
+        """Turn them round: who names a client.
 
         Args:
             lineages: Of every contribution, also of those that were replaced or have left, through
                 which influence may have passed; the last one of a name is its present one.
         """
-        self._bits: dict[str, int] = {}
-        self._present: dict[str, tuple[int, ...]] = {}
-        self._all: list[tuple[int, int]] = []
-        for client, own in lineages:
+        every = [*lineages]
+        self._names = sorted({client for client, _ in every})
+        self._bits = {client: 1 << i for i, client in enumerate(self._names)}
+        self._ever: dict[str, int] = {}
+        self._now: list[dict[str, int]] = [{}, {}, {}]
+        for client, own in every:
+            self._note(client, own.shaped_by, self._ever)
+        for client, own in dict(every).items():
             named = own.anchored_by, own.aligned_with, own.ensemble
-            parts = tuple(sum(map(self._bit, set(names))) for names in named)
-            self._present[client] = parts
-            self._all.append((self._bit(client), parts[0] | parts[1] | parts[2]))
+            for names, by in zip(named, self._now, strict=True):
+                self._note(client, names, by)
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Lineages:
@@ -93,24 +96,28 @@ class Lineages:
         A lineage knows names, not which of the contributions that bore a name: if one of them was
         influenced, all who name it count as influenced.
         """
-        own = touched = self._bit(client)
-        before = 0
-        while touched != before:
-            before = touched
-            for bit, shaped_by in self._all:
-                if shaped_by & touched:
-                    touched |= bit
-        found: tuple[list[str], ...] = [], [], [], []
-        for name in sorted(set(survivors)):
-            parts = self._present[name]
-            direct = [names for names, part in zip(found, parts, strict=False) if part & own]
-            indirect = not direct and any(part & touched for part in parts)
-            for names in [found[-1]] if indirect else direct:
-                names.append(name)
-        return Influence(*map(tuple, found))
+        staying = sum({self._bits[name] for name in survivors})
+        touched, fresh = 0, (client,)
+        direct = [by.get(client, 0) & staying for by in self._now]
+        indirect = 0
+        while fresh:
+            more = 0
+            for name in fresh:
+                more |= self._ever.get(name, 0)
+                for by in self._now:
+                    indirect |= by.get(name, 0)
+            fresh, touched = self._named(more & ~touched), touched | more
+        indirect &= staying & ~(direct[0] | direct[1] | direct[2])
+        return Influence(*map(self._named, (*direct, indirect)))
 
-    def _bit(self, client: str) -> int:
-        return self._bits.setdefault(client, 1 << len(self._bits))
+    def _note(self, client: str, named: Iterable[str], by: dict[str, int]) -> None:
+        for name in named:
+            by[name] = by.get(name, 0) | self._bits[client]
+
+    def _named(self, clients: int) -> tuple[str, ...]:
+        """Names of a set's clients, sorted."""
+        bits = reversed(f"{clients:b}")
+        return tuple(n for n, bit in zip(self._names, bits, strict=False) if bit == "1")
 
 
 def foreseen_influence(

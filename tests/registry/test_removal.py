@@ -69,6 +69,24 @@ def test_clients_may_have_shaped_each_other():
     assert statement("a", lineages) == Influence(("b", "c"), (), (), ())
 
 
+NAMED = st.lists(st.sampled_from("abcdex"), max_size=2, unique=True).map(tuple)
+LINEAGES = st.builds(Lineage, anchored_by=NAMED, aligned_with=NAMED, ensemble=NAMED)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcde"), LINEAGES)), st.sampled_from("abcdex"))
+def test_influence_is_what_following_the_names_finds(lineages, client):
+    present, touched = dict(lineages), {client}
+    for _ in lineages:
+        touched |= {name for name, own in lineages if own.shaped_by & touched}
+    staying = sorted(present.keys() - {client})
+    found = Lineages(lineages).influence(client, staying)
+    assert found.fisher == tuple(n for n in staying if client in present[n].anchored_by)
+    assert found.to_retrain == tuple(n for n in staying if present[n].shaped_by & touched)
+    direct = {*found.fisher, *found.statistics, *found.ensemble}
+    assert direct == {n for n in staying if client in present[n].shaped_by}
+    assert direct.isdisjoint(found.indirect)
+
+
 names = st.lists(st.sampled_from(NAMES), max_size=3).map(tuple)
 
 
