@@ -96,10 +96,10 @@ class Lineages:
         A lineage knows names, not which of the contributions that bore a name: if one of them was
         influenced, all who name it count as influenced.
         """
-        staying = sum({self._bits[name] for name in survivors})
-        touched, fresh = 0, (client,)
-        direct = [by.get(client, 0) & staying for by in self._now]
-        indirect = 0
+        staying = set(survivors)
+        fresh: tuple[str, ...] = (client,)
+        direct = [by.get(client, 0) for by in self._now]
+        touched = indirect = 0
         while fresh:
             more = 0
             for name in fresh:
@@ -107,8 +107,9 @@ class Lineages:
                 for by in self._now:
                     indirect |= by.get(name, 0)
             fresh, touched = self._named(more & ~touched), touched | more
-        indirect &= staying & ~(direct[0] | direct[1] | direct[2])
-        return Influence(*map(self._named, (*direct, indirect)))
+        indirect &= ~(direct[0] | direct[1] | direct[2])
+        parts = map(self._named, (*direct, indirect))
+        return Influence(*(tuple(n for n in part if n in staying) for part in parts))
 
     def _note(self, client: str, named: Iterable[str], by: dict[str, int]) -> None:
         for name in named:
