@@ -52,7 +52,7 @@ ARCHITECTURES = {
 }
 RANK = 16
 BATCH = 8
-"""Contributions that lie outside the registry at a time, while it is filled; thin ones, of
+"""Contributions that lie outside the registry at a time, while it is filled; thin ones, of `tiny` and
 :data:`EMBEDDED`: ten times as many."""
 
 
@@ -172,7 +172,7 @@ def fill(job: Job) -> None:
         Registry.create(job.registry, backbone, CompositionSettings(scale=1.0))
     registry = Registry(job.registry)
     missing = range(len(registry.clients), job.members - 1)
-    size = BATCH * (10 if job.scale == EMBEDDED or job.scale == "tiny" else 1)
+    size = BATCH * (10 if job.scale in (EMBEDDED, "tiny") else 1)
     for start in range(missing.start, missing.stop, size):
         batch = range(start, min(start + size, missing.stop))
         folders = [Path(job.folder) / name(index) for index in batch]
