@@ -52,8 +52,8 @@ ARCHITECTURES = {
 }
 RANK = 16
 BATCH = 8
-"""Contributions that lie outside the registry at a time, while it is filled; thin ones, of `tiny` and
-:data:`EMBEDDED`: ten times as many."""
+"""Contributions that lie outside the registry at a time, while it is filled; ten times as many of
+those that are thin."""
 
 
 @dataclass(frozen=True)
