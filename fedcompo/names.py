@@ -6,7 +6,7 @@ import difflib
 import functools
 import ipaddress
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from fedcompo.errors import ConfigError, ContributionError
 
@@ -14,6 +14,8 @@ LONGEST = 64
 """Characters."""
 LONGEST_BYTES = 200
 """In UTF-8; file systems take 255, and temporary files need some for themselves."""
+MANY = 1 << 14
+"""Names whose checks are remembered."""
 LONGEST_CLASS = 128
 """Characters of a class's name."""
 STEERING = {"Cc", "Cs", "Co", "Zl", "Zp"}
@@ -38,7 +40,7 @@ LOOKALIKES = CYRILLIC | GREEK | LATIN
 capital decides."""
 
 
-@functools.lru_cache(maxsize=4096)  # lineages name all clients again and again
+@functools.lru_cache(maxsize=MANY)  # lineages name all clients again and again
 def check_client_name(name: str) -> str:
     """Return the name if it can safely name a folder, on any system.
 
@@ -80,17 +82,18 @@ def check_client_name(name: str) -> str:
 
 def check_client_names(names: Iterable[str]) -> None:
     """Check the names of all clients of a run; raises ``ContributionError`` with all faults."""
-    faults, known = [], list[str]()
+    faults, known = [], dict[str, str]()
     for name in names:
         try:
-            known.append(check_distinct(check_client_name(name), known))
+            skeleton = resembles(check_client_name(name))
+            check_distinct(name, [known.setdefault(skeleton, name)])
         except ContributionError as error:
             faults.append(str(error))
     if faults:
         raise ContributionError("\n".join([*faults, "Rename the folders, then start again."]))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MANY)
 def resembles(name: str) -> str:
     """Return a skeleton that is the same for names that could be taken for one another.
 
@@ -111,13 +114,13 @@ def check_distinct(name: str, known: Iterable[str]) -> str:
     Raises:
         ContributionError: If a known name is different, but resembles it.
     """
-    for other in sorted(known):
-        if other != name and resembles(other) == resembles(name):
-            raise ContributionError(
-                f"{name!r} could be mistaken for the client {other!r}: upper and lower case do not "
-                "tell names apart, nor do look-alikes such as 0 and O, or 1, l and I. "
-                "Choose a name that differs visibly."
-            )
+    own = resembles(name)
+    if alike := [other for other in known if other != name and resembles(other) == own]:
+        raise ContributionError(
+            f"{name!r} could be mistaken for the client {min(alike)!r}: upper and lower case do "
+            "not tell names apart, nor do look-alikes such as 0 and O, or 1, l and I. "
+            "Choose a name that differs visibly."
+        )
     return name
 
 
@@ -178,7 +181,7 @@ def did_you_mean(word: str, known: Iterable[str], form: Callable[[str], str] = r
     return f" Did you mean {form(near[0])}?" if near else ""
 
 
-def require_known(clients: Iterable[str], known: Sequence[str], where: str) -> None:
+def require_known(clients: Iterable[str], known: Collection[str], where: str) -> None:
     """Raise ``ContributionError``, naming the nearest known name, unless all clients are known."""
     for client in clients:
         if client not in known:

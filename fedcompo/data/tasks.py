@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from fedcompo.errors import ContributionError
+from fedcompo.names import MANY
 
 TASK = re.compile(r"(?:(?P<client>.+)\.)?task-(?P<task>[0-9]+)")
 SHARD = re.compile(r"(?P<whole>.+)\.shard-(?P<shard>0|[1-9][0-9]*)")
@@ -38,6 +40,7 @@ def shard_name(whole: str, shard: int | None) -> str:
     return whole if shard is None else f"{whole}.shard-{shard}"
 
 
+@lru_cache(maxsize=MANY)  # the checks of each member ask it of all others
 def whole_of(member: str) -> str:
     """Name what a member is a shard of; one whose name says no shard is whole.
 
@@ -49,6 +52,7 @@ def whole_of(member: str) -> str:
     return found["whole"] if found else member
 
 
+@lru_cache(maxsize=MANY)
 def shard_of(member: str) -> int | None:
     """Return the number of a member's shard; None if its name says none."""
     found = SHARD.fullmatch(member)

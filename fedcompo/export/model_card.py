@@ -25,7 +25,7 @@ from fedcompo.export.selected import Selection
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.pool import Pool
 from fedcompo.names import printable
-from fedcompo.registry.removal import influence
+from fedcompo.registry.removal import Lineages
 from fedcompo.runtime import version
 
 OWN_LICENSE = "apache-2.0"
@@ -279,9 +279,8 @@ def _origin(own: Contribution) -> tuple[object, ...]:
 def still_shaped(selection: Selection) -> dict[str, tuple[str, ...]]:
     """Members that were trained with something of a client that was left out, by its name."""
     lineages = {member.client: member.lineage for member in selection.pool}
-    return {
-        gone: influence(gone, lineages, lineages.items()).to_retrain for gone in selection.without
-    }
+    known = Lineages(lineages.items())
+    return {gone: known.influence(gone, lineages).to_retrain for gone in selection.without}
 
 
 def _influences(selection: Selection) -> str:

@@ -16,8 +16,8 @@ What is trained is of order one to a thousand, far below.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -84,5 +84,12 @@ def beyond(values: Mapping[str, float], ratio: float) -> dict[str, float]:
     """
     if len(values) < FEWEST:
         return {}
-    usual = {c: median(sorted(v for k, v in values.items() if k != c)[1:]) for c in values}
-    return {c: usual[c] for c, value in values.items() if value > ratio * usual[c] > 0}
+    _, *rest = ordered = sorted(values.values())
+
+    def usual(value: float) -> float:
+        own = max(bisect_left(ordered, value) - 1, 0)  # who is smallest leaves the next aside
+        lower, upper = (len(rest) - 2) // 2, (len(rest) - 1) // 2
+        return (rest[lower + (lower >= own)] + rest[upper + (upper >= own)]) / 2
+
+    found = {client: usual(value) for client, value in values.items()}
+    return {c: found[c] for c, value in values.items() if value > ratio * found[c] > 0}

@@ -134,15 +134,15 @@ def check_described(
             f"{LIMITS.classes}, sorted, each once."
         )
     check_owner(client, classes, company.owners)
-    used = set().union(*(own.classes for own in company.members.values()))
+    others = set().union(*(m.classes for name, m in company.members.items() if name != client))
+    used = others.union(company.members[client].classes if client in company.members else ())
     check_class_names((name for name in classes if name not in used), owner)  # old ones stay
     if (size := sum(len(name.encode()) for name in classes)) > LIMITS.class_names:
         raise ContributionError(
             f"The names of the classes of {owner} have {size} bytes, expected at most "
             f"{LIMITS.class_names}. Use shorter names."
         )
-    others = (own.classes for name, own in company.members.items() if name != client)
-    together, kind = len(set(classes).union(*others)), company.settings.statistics
+    together, kind = len(others.union(classes)), company.settings.statistics
     most = LIMITS.drawn_classes if kind is Statistics.MIXTURES else LIMITS.all_classes
     if together > most:
         raise ContributionError(

@@ -11,7 +11,7 @@ from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.registry.journal import Entry
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.releases import changed_since, releases_in, version_after
-from fedcompo.registry.removal import foreseen_influence
+from fedcompo.registry.removal import Lineages
 from fedcompo.registry.state import Member
 from fedcompo.registry.transaction import MODEL
 from fedcompo.report.twins import twins
@@ -25,7 +25,8 @@ DAMAGED = "damaged"
 def summary(registry: RegistryReader) -> Values:
     """Describe a registry, what it composes, and each of its members."""
     state, entries = registry.state, registry.entries()
-    members = [_listed(registry, member, entries) for member in state.members.values()]
+    lineages = Lineages.of(entries)
+    members = [_listed(registry, own, entries, lineages) for own in state.members.values()]
     return {
         "registry": str(registry.path.absolute()),
         "backbone": state.base,
@@ -76,7 +77,7 @@ def details(registry: RegistryReader, client: str) -> Values:
     member = registry.member(client)
     return {
         **values,
-        **_row(registry, member, entries),
+        **_row(registry, member, entries, Lineages.of(entries)),
         "folder": str(registry.path.absolute() / member.folder),
         "files": dict(member.files),
         "lineage": dict(vars(member.lineage)),
@@ -131,10 +132,12 @@ def removal_plan(registry: RegistryReader, client: str, *, keep_versions: bool) 
     }
 
 
-def _listed(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> Values:
+def _listed(
+    registry: RegistryReader, member: Member, entries: Sequence[Entry], lineages: Lineages
+) -> Values:
     """Describe a member; one that cannot be described keeps nobody else from being listed."""
     try:
-        return _row(registry, member, entries)
+        return _row(registry, member, entries, lineages)
     except (OSError, LookupError, TypeError, ValueError) as error:
         nothing: Values = {
             "num_examples": 0,
@@ -149,10 +152,12 @@ def _listed(registry: RegistryReader, member: Member, entries: Sequence[Entry]) 
         return {"client": member.client, "kind": DAMAGED, "classes": [], **nothing, "fault": fault}
 
 
-def _row(registry: RegistryReader, member: Member, entries: Sequence[Entry]) -> Values:
-    """Describe a member in a few values; the entries are the registry's journal."""
+def _row(
+    registry: RegistryReader, member: Member, entries: Sequence[Entry], lineages: Lineages
+) -> Values:
+    """Describe a member in a few values; entries and lineages are those of the journal."""
     others = [client for client in registry.clients if client != member.client]
-    influence = foreseen_influence(entries, member.client, others)
+    influence = lineages.influence(member.client, others)
     card = json.loads((registry.path / member.folder / CARD).read_text(encoding="utf-8"))
     return {
         "client": member.client,

@@ -115,7 +115,7 @@ class RegistryReader:
 
     def member(self, client: str) -> Member:
         """Describe a member; raises ``ContributionError`` if there is none of that name."""
-        require_known([client], self.clients, "registry")
+        require_known([client], self.state.members, "registry")
         return self.state.members[client]
 
     def contribution(self, client: str, *, with_fisher: bool = False) -> Contribution:

@@ -8,7 +8,7 @@ record says which survivors were, and is signed.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
@@ -60,43 +60,72 @@ class Influence:
         return not self.to_retrain
 
 
-def influence(
-    client: str, survivors: Iterable[str], lineages: Collection[tuple[str, Lineage]]
-) -> Influence:
-    """Follow a client's influence through the lineages.
+class Lineages:
+    """Whose data shaped whom; a set of clients is an integer, with a bit for each of them.
 
-    A lineage knows names, not which of the contributions that bore a name: if one of them was
-    influenced, all who name it count as influenced.
-
-    Args:
-        client: Client that is removed.
-        survivors: Clients that stay.
-        lineages: Of every contribution, also of those that were replaced or have left, through
-            which influence may have passed; the last one of a name is its present one.
+    So the influence of each of thousands is found in seconds, though everyone shaped everyone.
     """
-    touched, present = {client}, dict(lineages)
-    while more := {n for n, lineage in lineages if lineage.shaped_by & touched} - touched:
-        touched |= more
-    staying = sorted(set(survivors))
-    direct = {
-        part: tuple(name for name in staying if client in getattr(present[name], attribute))
-        for part, attribute in (
-            ("fisher", "anchored_by"),
-            ("statistics", "aligned_with"),
-            ("ensemble", "ensemble"),
-        )
-    }
-    known = {name for names in direct.values() for name in names}
-    indirect = tuple(n for n in staying if present[n].shaped_by & touched and n not in known)
-    return Influence(**direct, indirect=indirect)
+
+    def __init__(self, lineages: Iterable[tuple[str, Lineage]]) -> None:
+        """Turn them round: who names a client.
+
+        Args:
+            lineages: Of every contribution, also of those that were replaced or have left, through
+                which influence may have passed; the last one of a name is its present one.
+        """
+        every = [*lineages]
+        self._names = sorted({client for client, _ in every})
+        self._bits = {client: 1 << i for i, client in enumerate(self._names)}
+        self._ever: dict[str, int] = {}
+        self._now: list[dict[str, int]] = [{}, {}, {}]
+        for client, own in every:
+            self._note(client, own.shaped_by, self._ever)
+        for client, own in dict(every).items():
+            named = own.anchored_by, own.aligned_with, own.ensemble
+            for names, by in zip(named, self._now, strict=True):
+                self._note(client, names, by)
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> Lineages:
+        """Those that a journal tells of."""
+        return cls((s.client, Lineage.parse(s.values["lineage"])) for s in stays_in(entries))
+
+    def influence(self, client: str, survivors: Iterable[str]) -> Influence:
+        """Follow a client's influence, which is removed, on those who stay.
+
+        A lineage knows names, not which of the contributions that bore a name: if one of them was
+        influenced, all who name it count as influenced.
+        """
+        staying = set(survivors)
+        fresh: tuple[str, ...] = (client,)
+        direct = [by.get(client, 0) for by in self._now]
+        touched = indirect = 0
+        while fresh:
+            more = 0
+            for name in fresh:
+                more |= self._ever.get(name, 0)
+                for by in self._now:
+                    indirect |= by.get(name, 0)
+            fresh, touched = self._named(more & ~touched), touched | more
+        indirect &= ~(direct[0] | direct[1] | direct[2])
+        parts = map(self._named, (*direct, indirect))
+        return Influence(*(tuple(n for n in part if n in staying) for part in parts))
+
+    def _note(self, client: str, named: Iterable[str], by: dict[str, int]) -> None:
+        for name in named:
+            by[name] = by.get(name, 0) | self._bits[client]
+
+    def _named(self, clients: int) -> tuple[str, ...]:
+        """Names of a set's clients, sorted."""
+        bits = reversed(f"{clients:b}")
+        return tuple(n for n, bit in zip(self._names, bits, strict=False) if bit == "1")
 
 
 def foreseen_influence(
     entries: Sequence[Entry], client: str, survivors: Sequence[str]
 ) -> Influence:
     """List the survivors that a removed client still influences, by the journal's lineages."""
-    lineages = [(own.client, Lineage.parse(own.values["lineage"])) for own in stays_in(entries)]
-    return influence(client, survivors, lineages)
+    return Lineages.of(entries).influence(client, survivors)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from itertools import islice
 
 from fedcompo.report.twins import few, visible
 
@@ -16,14 +17,14 @@ def note_on_newcomers(
         arrivals: When each client came, in any unit; its name; its classes.
         among: Clients to look at; None: all.
     """
-    first: dict[str, dict[str, int]] = {}  # by class, then by who has it
+    first: dict[str, dict[str, int]] = {}  # by class, then by who has it, the earliest first
     found = []
     for when, client, classes in sorted(arrivals, key=lambda arrival: arrival[:2]):
         whole = client.rpartition(".shard-")[0] or client  # shards of a client share its classes
         shared = []
         for name in sorted(classes):
             before = first.setdefault(name, {})
-            if any(then < when for who, then in before.items() if who != whole):
+            if any(then < when for who, then in islice(before.items(), 2) if who != whole):
                 shared.append(name)
             before.setdefault(whole, when)
         if shared and (among is None or client in among):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedcompo.backbone.backbone import Backbone, target_weights
+from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.head import head_of
 from fedcompo.composition.models import stream_composition
@@ -40,6 +40,8 @@ from fedcompo.storage.files import BACKBONE, CONTENT, SUM, WEIGHTS
 from fedcompo.storage.tensorfile import tensor_digest
 from fedcompo.storage.tensorstream import StreamedTensors
 
+EMBEDDED = "embedded"
+"""The backbone that fedcompo brings along; its LoRAs are small, so that thousands are soon made."""
 ARCHITECTURES = {
     "vit-b": ("vit_base_patch16_224", {}),
     "vit-ti": ("vit_tiny_patch16_224", {}),
@@ -50,7 +52,8 @@ ARCHITECTURES = {
 }
 RANK = 16
 BATCH = 8
-"""Contributions that lie outside the registry at a time, while it is filled."""
+"""Contributions that lie outside the registry at a time, while it is filled; ten times as many of
+those that are thin."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Job:
     classes: int
     """Of all clients together; each owns all of them."""
     threads: int
+    own: int = 0
+    """Classes of each client, dealt in turn; 0: all."""
+    lineage: int = 0
+    """Clients before it that each is anchored by."""
 
     @property
     def registry(self) -> Path:
@@ -165,8 +172,9 @@ def fill(job: Job) -> None:
         Registry.create(job.registry, backbone, CompositionSettings(scale=1.0))
     registry = Registry(job.registry)
     missing = range(len(registry.clients), job.members - 1)
-    for start in range(missing.start, missing.stop, BATCH):
-        batch = range(start, min(start + BATCH, missing.stop))
+    size = BATCH * (10 if job.scale in (EMBEDDED, "tiny") else 1)
+    for start in range(missing.start, missing.stop, size):
+        batch = range(start, min(start + size, missing.stop))
         folders = [Path(job.folder) / name(index) for index in batch]
         for index, folder in zip(batch, folders, strict=True):
             _contribution(job, backbone, index).save(folder)
@@ -196,6 +204,8 @@ OPERATIONS = {
 
 
 def _backbone(scale: str) -> Backbone:
+    if scale == EMBEDDED:
+        return load_backbone(BackboneConfig())
     architecture, model_args = ARCHITECTURES[scale]
     torch.manual_seed(0)
     model = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
@@ -215,15 +225,19 @@ def _backbone(scale: str) -> Backbone:
 def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
     """A task vector that changes weights by the order of 1e-3, and a factored Fisher."""
     kind, width = Kind(job.kind), backbone.num_features
+    rank = 2 if job.scale == EMBEDDED else RANK
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(index))
     size = 1e-3 if kind is Kind.FULL else 1e-2
     tensors = {
-        f"{weight}/{part}": draw([n or min(rank_of(weight, RANK), *value.shape) for n in shape])
+        f"{weight}/{part}": draw([n or min(rank_of(weight, rank), *value.shape) for n in shape])
         * size
         for weight, value in backbone.theta_0.items()
         for part, shape in stored_shapes(kind, value).items()
     }
-    classes = tuple(f"class-{i:03d}" for i in range(job.classes))
+    dealt = range(job.classes)
+    if job.own:
+        dealt = sorted({(index * job.own + i) % job.classes for i in range(job.own)})
+    classes = tuple(f"class-{i:03d}" for i in dealt)
     images = draw(2 * len(classes) + 64, width)
     labels = torch.arange(len(images)) % len(classes)
     return Contribution(
@@ -232,7 +246,7 @@ def _contribution(job: Job, backbone: Backbone, index: int) -> Contribution:
         head=Head(classes, draw(len(classes), width), torch.zeros(len(classes))),
         statistics=FeatureSums.of(images, labels, classes),
         num_examples=len(images),
-        lineage=Lineage(),
+        lineage=Lineage(anchored_by=tuple(map(name, range(max(0, index - job.lineage), index)))),
         fisher=_fisher(backbone, len(images)),
     )
 

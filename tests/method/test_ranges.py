@@ -72,6 +72,14 @@ def test_usual_is_the_median_of_the_others_without_the_smallest():
     assert beyond({"a": 1.0, "b": 99.0}, 2.0) == {}
 
 
+@given(st.lists(st.floats(0, 10) | st.sampled_from((0.0, 1.0, 2.0)), min_size=3, max_size=9))
+def test_one_sort_finds_what_a_median_for_each_client_finds(values):
+    for client, value in enumerate(values):
+        usual = median(sorted(v for other, v in enumerate(values) if other != client)[1:])
+        found = beyond({str(i): v for i, v in enumerate(values)}, 1.5).get(str(client))
+        assert found == (usual if value > 1.5 * usual > 0 else None)
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=6), st.floats(0, 1e30), st.floats(1.5, 200))
 def test_no_client_alone_has_another_found(honest, hostile, ratio):
     values = {f"client-{i}": value for i, value in enumerate(honest)}

@@ -17,14 +17,14 @@ from fedcompo.errors import FileFormatError
 from fedcompo.method.lineage import Lineage
 from fedcompo.registry import signing
 from fedcompo.registry.envelope import opened
-from fedcompo.registry.removal import Influence, RemovalRecord, influence
+from fedcompo.registry.removal import Influence, Lineages, RemovalRecord
 
 NAMES = "abcdef"
 
 
 def statement(client: str, lineages: Mapping[str, Lineage], *survivors: str) -> Influence:
     staying = survivors or [name for name in lineages if name != client]
-    return influence(client, staying, lineages.items())
+    return Lineages(lineages.items()).influence(client, staying)
 
 
 # -- influence ------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_influence_passes_through_clients_who_have_left():
 def test_influence_passes_through_contributions_that_were_replaced():
     lineages = {"a": Lineage(), "b": Lineage(), "c": Lineage(anchored_by=("b",))}
     former = [("b", Lineage(anchored_by=("a",))), ("b", Lineage())]
-    found = influence("a", "bc", [*former, *lineages.items()])
+    found = Lineages([*former, *lineages.items()]).influence("a", "bc")
     assert found.indirect == ("c",)  # shaped by what b was; b itself has trained again
     assert statement("a", lineages).exact
 
@@ -67,6 +67,24 @@ def test_influence_passes_through_contributions_that_were_replaced():
 def test_clients_may_have_shaped_each_other():
     lineages = {n: Lineage(anchored_by=tuple(set("abc") - {n})) for n in "abc"}
     assert statement("a", lineages) == Influence(("b", "c"), (), (), ())
+
+
+NAMED = st.lists(st.sampled_from("abcdex"), max_size=2, unique=True).map(tuple)
+LINEAGES = st.builds(Lineage, anchored_by=NAMED, aligned_with=NAMED, ensemble=NAMED)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcde"), LINEAGES)), st.sampled_from("abcdex"))
+def test_influence_is_what_following_the_names_finds(lineages, client):
+    present, touched = dict(lineages), {client}
+    for _ in lineages:
+        touched |= {name for name, own in lineages if own.shaped_by & touched}
+    staying = sorted(present.keys() - {client})
+    found = Lineages(lineages).influence(client, staying)
+    assert found.fisher == tuple(n for n in staying if client in present[n].anchored_by)
+    assert found.to_retrain == tuple(n for n in staying if present[n].shaped_by & touched)
+    direct = {*found.fisher, *found.statistics, *found.ensemble}
+    assert direct == {n for n in staying if client in present[n].shaped_by}
+    assert direct.isdisjoint(found.indirect)
 
 
 names = st.lists(st.sampled_from(NAMES), max_size=3).map(tuple)
