@@ -6,11 +6,11 @@ Flower starts a new process for each message, which imports torch and the app an
 phase. Here one process imports them once, and for each message forks a child, which does what
 Flower's ``flwr-clientapp`` does. Memory, the GPU's too, is free when the child ends, and one that
 crashes takes nothing along. The parent never touches a GPU, and computes nothing: neither CUDA nor
-a pool of threads survives a fork.
+a pool of threads survives a fork. It ends with the SuperNode, which starts it again if it is
+killed. Without a message for long, it gives its memory back, and imports anew for the next one.
 
-It ends with the SuperNode, which starts it again if it is killed. Flower's node also waits up to
-three seconds between two looks for a message, however soon the next one comes; :class:`Pauses`
-makes that a part of the time waited.
+Flower's node also waits up to three seconds between two looks for a message, however soon the next
+one comes; :class:`Pauses` makes that a part of the time waited.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ FIRST, SLOWER, IDLE = 0.01, 1.25, 1.0
 """Seconds of the first pause, the growth from one to the next, and seconds of the longest one."""
 MODULES = ("torch", "timm", "flwr.supernode.cli.flwr_clientapp", "clients.app")
 """What a phase imports; the app last, for what is left."""
+REST = 300.0
+"""Seconds without a message after which the memory of all that, 0.5 GB, is given back."""
 
 
 class Pauses:
@@ -68,43 +70,63 @@ def main() -> None:
 
 def _keep_ready(port: str) -> None:
     """Start the process that forks; start it again when it ends."""
-    serve = f"from fedcompo.deployment.node import serve; serve({port!r}, {os.getpid()})"
     while True:
         # Its standard input closes when we end, however we end.
-        ready = subprocess.Popen([sys.executable, "-P", "-c", serve], stdin=subprocess.PIPE)
+        ready = subprocess.Popen(_command(port, os.getpid(), ready=True), stdin=subprocess.PIPE)
         code = ready.wait()
         time.sleep(1)  # signals reach both: if we are to end, too, we have ended by then
-        log(WARNING, "The process %d, which was ready, has ended (%d): another starts", ready.pid, code)
+        log(WARNING, "Process %d has ended (%d): another makes ready", ready.pid, code)
 
 
-def serve(port: str, node: int) -> None:
-    """Take tasks from the SuperNode of that port and process id, and fork a child for each."""
+def _command(port: str, node: int, *, ready: bool) -> list[str]:
+    """The command that calls :func:`serve`."""
+    call = f"from fedcompo.deployment.node import serve; serve({port!r}, {node}, ready={ready})"
+    return [sys.executable, "-P", "-c", call]
+
+
+def serve(port: str, node: int, *, ready: bool = True) -> None:
+    """Take tasks from the SuperNode of that port and process id, and fork a child for each.
+
+    It imports what phases need at once, or, if it is not to be ``ready``, at the first task.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     # Whether there is a GPU is asked of NVML then: CUDA's own answer would not survive a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     sys.path[:0] = map(str, (Path(os.environ["FLWR_HOME"]) / "apps").iterdir())
-    for module in MODULES:
-        if _left_alone(0):
-            return
-        try:
-            importlib.import_module(module)
-        except Exception:  # a phase fails at it too, and tells the server
-            log(WARNING, "%s cannot be imported", module, exc_info=True)
-    log(INFO, "Process %d is ready: it has imported what phases need", os.getpid())
-    address, pause = f"127.0.0.1:{port}", FIRST
+    if ready:
+        _make_ready()
+    address, pause, last = f"127.0.0.1:{port}", FIRST, time.monotonic()
     take = _taking(address)
     while not _left_alone(pause):
         token = take()
         pause = FIRST if token else min(SLOWER * pause, IDLE)
         if token:
+            if not ready:
+                _make_ready()
             child = os.fork()
             if child == 0:
                 # It outlives this process, if that is killed, but not the SuperNode.
-                _phase("--token", token, "--runtime-api-address", address, "--parent-pid", str(node))
+                _phase(address, token, node)
             _, status = os.waitpid(child, 0)
             if os.WIFSIGNALED(status):
                 log(WARNING, "A phase was ended by signal %d", os.WTERMSIG(status))
+            ready, last = True, time.monotonic()
+        elif ready and time.monotonic() - last > REST:
+            log(INFO, "Process %d rests: it gives its memory back", os.getpid())
+            os.execv(sys.executable, _command(port, node, ready=False))
+
+
+def _make_ready() -> None:
+    """Import what phases need."""
+    for module in MODULES:
+        if _left_alone(0):
+            sys.exit()
+        try:
+            importlib.import_module(module)
+        except Exception:  # a phase fails at it too, and tells the server
+            log(WARNING, "%s cannot be imported", module, exc_info=True)
+    log(INFO, "Process %d is ready: it has imported what phases need", os.getpid())
 
 
 def _left_alone(seconds: float) -> bool:
@@ -133,11 +155,12 @@ def _taking(address: str) -> Callable[[], str]:
     return take
 
 
-def _phase(*options: str) -> NoReturn:
-    """Be the ``flwr-clientapp`` with these options: answer one message, and end."""
+def _phase(address: str, token: str, node: int) -> NoReturn:
+    """Be Flower's ``flwr-clientapp``: answer the message of a token, and end."""
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
-    sys.argv = ["flwr-clientapp", "--insecure", *options]
+    sys.argv = ["flwr-clientapp", "--insecure", "--runtime-api-address", address]
+    sys.argv += ["--token", token, "--parent-pid", str(node)]
     code: object = 1
     try:
         flwr_clientapp()
