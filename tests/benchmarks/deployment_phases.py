@@ -1,7 +1,7 @@
 """Seconds of each phase of a deployment on loopback, beyond the work itself.
 
     python tests/benchmarks/deployment_phases.py
-    python tests/benchmarks/deployment_phases.py --runs 1 --images 8    # the smallest
+    python tests/benchmarks/deployment_phases.py --runs 1 --images 10    # the smallest
 
 Two clients take part in the same runs, so that both see the same load: one starts its node as a
 deployment does (:mod:`fedcompo.deployment.node`), the other one as Flower does, with a new process
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--images", type=int, default=40, help="training images a class")
     given = parser.parse_args()
-    settings = {**QUICK, "realign": True, "min-images": 1}
+    settings = {**QUICK, "realign": True}
     taken: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
