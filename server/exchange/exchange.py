@@ -35,7 +35,7 @@ Fold = Callable[[str, Body], str]
 the client's name from now on. Raises to refuse the answer, and has kept nothing then."""
 NAMING = ("describe", "identify")
 """Phases in which clients first say their names."""
-POLL = 0.1, 2.0
+POLL = 0.01, 2.0
 """Seconds between two looks for answers: at first, and at most."""
 SLOWER = 1.05
 """Growth of that pause from one look to the next: it is a twentieth of the time waited so far."""

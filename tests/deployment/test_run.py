@@ -222,6 +222,15 @@ def test_clients_run_the_app_they_were_given_and_no_other(
         assert len(list((federation.home(client) / "flower" / "apps").iterdir())) == 1
 
 
+def test_one_process_imports_for_all_phases_of_a_client_also_after_one_that_failed(
+    federation: DeployedFederation, done: Finished
+) -> None:
+    for client in TWO:
+        said = federation.clients[client].said
+        assert said.count("Start `flwr-clientapp` process") >= 3
+        assert said.count(" is ready: ") == 1, said
+
+
 def test_a_run_that_waits_says_so_and_ends_with_its_command(
     federation: DeployedFederation, done: Finished
 ) -> None:

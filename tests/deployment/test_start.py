@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
 from deployed_federation import WITHOUT_OVERRIDE, settle
+from guarded import START_SECONDS
 
 from fedcompo.deployment import folders
 from fedcompo.deployment.approval import authority_of
@@ -21,12 +26,17 @@ from fedcompo.engine.launcher import find_app
 MISCONFIGURED = 78
 """EX_CONFIG: another start would fail again."""
 
-FAKE = """\
+FAKE = f"""\
 #!/bin/sh
+case "$*" in
+    "-P -m fedcompo.deployment.node "*) shift 3 ;;
+    *) exec {sys.executable} "$@" ;;
+esac
 for argument in "$@"; do echo "$argument"; done
 env
 umask
 """
+READY = re.compile(r"Process (\d+) is ready")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +48,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder with a ``flower-supernode`` that prints how it was started."""
+    """A folder with a ``python3`` that prints how the node was started."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "flower-supernode").write_text(FAKE)
-    (folder / "flower-supernode").chmod(0o755)
+    for name in ("flower-supernode", "python3"):
+        (folder / name).write_text(FAKE)
+        (folder / name).chmod(0o755)
     return folder
 
 
@@ -128,6 +139,48 @@ def test_whoever_may_write_everywhere_is_refused(client: Path, programs: Path) -
     assert "flower/apps can be written to" in said
     assert "ordinary user" in said
     assert len(list((client / "flower" / "apps").iterdir())) == 1
+
+
+def test_a_killed_process_that_was_ready_is_replaced_and_none_outlives_the_node(
+    client: Path, tmp_path: Path
+) -> None:
+    words = WITHOUT_OVERRIDE if os.geteuid() == 0 else []
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    log = tmp_path / "log"
+    with log.open("w") as sink:  # it looks for its server, which there is not, for ever
+        node = subprocess.Popen(
+            [*words, client / "start"], env={**os.environ, "PATH": path}, stdout=sink, stderr=sink
+        )
+    try:
+        ready = [int(one) for one in waited(log, READY, 1)]
+        os.kill(ready[0], signal.SIGKILL)
+        ready = [int(one) for one in waited(log, READY, 2)]
+        assert ready[0] != ready[1]
+        node.send_signal(signal.SIGTERM)
+        node.wait(30)
+        deadline = time.monotonic() + 30
+        while any(map(running, ready)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(running, ready))
+    finally:
+        node.kill()  # what it started ends with it
+
+
+def running(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def waited(log: Path, wanted: re.Pattern[str], count: int) -> list[str]:
+    """Wait until a log says something so often; returns what the pattern captures."""
+    deadline = time.monotonic() + START_SECONDS
+    while len(found := wanted.findall(log.read_text())) < count:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    return found
 
 
 def unpacked(client: Path) -> Path:

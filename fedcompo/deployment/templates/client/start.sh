@@ -57,7 +57,7 @@ if command -v flock > /dev/null; then
     }
 fi
 
-exec flower-supernode --superlink '@ADDRESS@' \
+exec "$python" -P -m fedcompo.deployment.node --superlink '@ADDRESS@' \
     --root-certificates certificates/ca.crt \
     --auth-supernode-private-key certificates/supernode \
     --port "$PORT" \

@@ -8,6 +8,7 @@ cd "$(dirname "$0")"
 . ./environment
 fedcompo check-certificate certificates >&2 || exit 78
 ./register &
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1  # seconds until a run that was submitted starts
 exec flower-superlink --host 127.0.0.1 --port @SUPERLINK_PORT@ \
     --ssl-ca-certfile certificates/ca.crt \
     --ssl-certfile certificates/server.crt \
