@@ -150,9 +150,7 @@ def _looking(look: Callable[[], None]) -> Iterator[None]:
         looking.result()
 
 
-def _follow(
-    engine: Engine, look: Callable[[], None], on_event: OnEvent
-) -> tuple[str, str]:
+def _follow(engine: Engine, look: Callable[[], None], on_event: OnEvent) -> tuple[str, str]:
     """Look for events until the run has ended; returns its status and what Flower says about it."""
     begun = False
     while True:

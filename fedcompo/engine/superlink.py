@@ -53,6 +53,7 @@ QUIET = {
     # One process a CPU starts, with what the app is to run there; not idle ones before.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
+    "RAY_preload_python_modules": "clients.preload",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     "PYTHONUNBUFFERED": "1",
 }
@@ -89,7 +90,9 @@ class Engine:
         for line in self.answers.read():
             said |= json.loads(line)
         if "error" in said or (ended and "status" not in said):
-            reason = said.get("error", f"the process that follows the run ended with {self.control.returncode}")
+            reason = said.get(
+                "error", f"the process that follows the run ended with {self.control.returncode}"
+            )
             raise LaunchError(f"Flower does not answer: {reason}\nFlower's log: {self.log}")
         return said
 

@@ -239,7 +239,7 @@ def test_a_client_that_raises_is_named_and_left_out(tmp_path, monkeypatch):
             raise RuntimeError("the disk of client-1 is full")
         return original(self, request)
 
-    monkeypatch.setattr("clients.app.LocalClient.train", fail)
+    monkeypatch.setattr("clients.work.LocalClient.train", fail)
     monkeypatch.setattr("clients.local.LocalClient.train", fail)
     results = run({}, tmp_path / "out")
     (left_out,) = results["left_out"]
