@@ -19,7 +19,7 @@ from PIL import Image
 from round_runs import draw_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import server.app
+import server.work
 from clients import local
 from clients.app import app as client_app
 from clients.local import LocalClient
@@ -57,7 +57,7 @@ def again(finished) -> tuple[bytes, Path]:
 
 
 def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, caplog):
-    server.app._report(tmp_path, {"created": "no more than this"})
+    server.work._report(tmp_path, {"created": "no more than this"})
     assert list(tmp_path.iterdir()) == []
     assert f"fedcompo report {tmp_path}" in caplog.text
 
