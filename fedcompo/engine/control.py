@@ -70,7 +70,8 @@ def bundled(app: Path) -> bytes:
     named = project["tool"]["flwr"]["app"].get("fab-include", ["**/*"])
     own = ("pyproject.toml", ".gitignore", "LICENSE", *named)
     files = {path for pattern in own for path in app.glob(pattern) if path.is_file()}
-    return build_fab_from_files({path.relative_to(app).as_posix(): path for path in files})[0]
+    paths = {path.relative_to(app).as_posix(): path for path in files}
+    return bytes(build_fab_from_files(paths)[0])
 
 
 def _follow(client: ControlHttpClient, run_id: int) -> dict[str, str]:
