@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, *purpose: str) -> int:
@@ -20,4 +22,6 @@ def derive_seed(seed: int, *purpose: str) -> int:
 
 def generator_for(seed: int, *purpose: str) -> torch.Generator:
     """Return a generator on the CPU, seeded by :func:`derive_seed`."""
+    import torch  # not for a look at names alone
+
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))

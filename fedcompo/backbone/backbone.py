@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import fedcompo.backbone.text  # noqa: F401  timm knows its models from here on
 from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
 from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Modality, Preprocessing
@@ -186,6 +184,8 @@ def _from_timm(source: Source, config: BackboneConfig) -> Built:
         args, cfg = read_config(path, source.architecture, source.cfg)
         args, cfg = source.model_args | args, source.cfg | cfg
         return _build(source.architecture, args, cfg, read_checkpoint(path), config)
+    from fedcompo.backbone.text import timm  # takes seconds to load
+
     name, given = config.backbone, _input_args(config)
     known = {"classifier": source.cfg.get("classifier") or "head"}  # which timm leaves out
     try:
@@ -240,6 +240,8 @@ def _require_takes(
     name: str, config: BackboneConfig, model_args: dict[str, Any], cfg: dict[str, Any]
 ) -> nn.Module:
     """Make the model with random weights; refuse an input that it does not take."""
+    from fedcompo.backbone.text import timm  # takes seconds to load
+
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
     except (TypeError, ValueError, AssertionError) as error:

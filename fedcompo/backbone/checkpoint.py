@@ -12,7 +12,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models import load_pretrained
 from torch import Tensor, nn
 
 from fedcompo.backbone.file_kind import SUFFIXES, check_kind
@@ -51,6 +50,8 @@ def fill(
         BackboneError: If a weight of the model is missing, a block's weight is unknown, or
             anything is infinite or NaN.
     """
+    from timm.models import load_pretrained
+
     with torch.no_grad():  # a parameter that is not loaded stays NaN, which is checked
         for parameter in model.parameters():
             parameter.fill_(float("nan"))

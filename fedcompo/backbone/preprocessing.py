@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
@@ -21,15 +20,9 @@ from torch import Tensor
 
 from fedcompo.backbone.reduction import reduce
 from fedcompo.backbone.thin import RATIO, Thin
+from fedcompo.config.choices import Modality as Modality
 from fedcompo.errors import BackboneError
 from fedcompo.storage.files import tuples
-
-
-class Modality(StrEnum):
-    """Kind of the examples that a source of data holds and a backbone reads."""
-
-    PICTURES = "pictures"
-    TEXTS = "texts"
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
-
 from fedcompo.errors import BackboneError
 
 LOCAL = "local-dir"
 FOLDERS = {
-    LOCAL: load_model_config_from_path,
-    "hf-hub": load_model_config_from_hf,
-    "hf_hub": load_model_config_from_hf,
+    LOCAL: "load_model_config_from_path",
+    "hf-hub": "load_model_config_from_hf",
+    "hf_hub": "load_model_config_from_hf",
 }
 """Prefixes of folders that timm wrote, and what reads their configuration."""
 SAFE = ("*.json", "model.safetensors", "adapter_model.safetensors")
@@ -55,6 +52,8 @@ def source_of(name: str, checkpoint: str = "") -> Source:
     Raises:
         BackboneError: If timm knows no such model, or the folder's configuration cannot be read.
     """
+    from fedcompo.backbone.text import timm  # takes seconds to load
+
     kind, colon, place = name.partition(":")
     if colon and kind.lower() in FOLDERS:
         if kind.lower() == LOCAL and checkpoint and not Path(place).is_dir():
@@ -78,8 +77,12 @@ def source_of(name: str, checkpoint: str = "") -> Source:
 
 
 def _of_folder(kind: str, place: str) -> Source:
+    from timm.models import _hub
+
+    from fedcompo.backbone.text import timm
+
     try:
-        cfg, architecture, args = FOLDERS[kind](place)
+        cfg, architecture, args = getattr(_hub, FOLDERS[kind])(place)
     except Exception as error:
         advice = (
             "Name a folder that `timm.models.save_for_hf` wrote; or as `checkpoint` a file in one, "

@@ -130,9 +130,8 @@ class StoredBackbone:
             FileFormatError: If a byte of the weights was altered.
             BackboneError: If this timm cannot build the model.
         """
-        import timm
-
         from fedcompo.backbone.backbone import Backbone
+        from fedcompo.backbone.text import timm
 
         self.tensors.check()
         manifest = self.tensors.manifest

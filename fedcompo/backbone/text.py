@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm as timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block

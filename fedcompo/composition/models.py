@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import timm
 from torch import Tensor, nn
 
 from fedcompo.backbone.stored import StoredBackbone
@@ -165,6 +164,8 @@ def model_of(
         classes: In the order of the logits.
         linearised: Of tangents: a :class:`~fedcompo.backbone.tangent.TangentModel`.
     """
+    from fedcompo.backbone.text import timm  # takes seconds to load
+
     seen = tuples(timm_config(backbone, classes)["pretrained_cfg"])
     model = timm.create_model(
         backbone.architecture,

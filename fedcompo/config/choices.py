@@ -88,6 +88,13 @@ class Action(StrEnum):
     REMOVE = "remove"
 
 
+class Modality(StrEnum):
+    """Kind of the examples that a source of data holds and a backbone reads."""
+
+    PICTURES = "pictures"
+    TEXTS = "texts"
+
+
 class EngineKind(StrEnum):
     """What runs the apps of a simulation."""
 

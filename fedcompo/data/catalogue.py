@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fedcompo.backbone.preprocessing import Modality
+from fedcompo.config.choices import Modality
 from fedcompo.errors import ContributionError, DataError
 from fedcompo.names import check_class_names
 from fedcompo.report.twins import few

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.config.data import CLASSES, COLUMN, DataConfig
+from fedcompo.config.data import CLASSES, DataConfig
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.decoding import decode
 from fedcompo.data.draws import (
@@ -34,7 +34,8 @@ from fedcompo.data.draws import (
     split_class,
     split_members,
 )
-from fedcompo.data.partition import member_names, part_for, values_of
+from fedcompo.data.partition import client_names as client_names
+from fedcompo.data.partition import names_in, part_for
 from fedcompo.data.sources.kinds import catalogue_of, own_catalogue, own_clients
 from fedcompo.data.sources.labels import NO_LABEL
 from fedcompo.errors import DataError
@@ -125,27 +126,6 @@ class Share:
         return ClientData(self.name, self.classes, *splits, found)
 
 
-def client_names(source: DataConfig) -> tuple[str, ...]:
-    """Name the clients that a source yields: those it has of itself, else its parts.
-
-    Raises:
-        DataError: If the source is unknown or cannot be read, or cannot be cut this way.
-    """
-    return _names(source, own_clients(source.data))
-
-
-def _names(source: DataConfig, own: tuple[str, ...]) -> tuple[str, ...]:
-    """Name the clients, given those that the source has of itself."""
-    if own and source.rule != CLASSES:
-        raise DataError(
-            f"`partition` is {source.partition!r}, but {source.data} says itself who its "
-            "clients are. Leave `partition` out."
-        )
-    if source.rule == COLUMN:
-        return values_of(catalogue_of(source.data), source)
-    return own or member_names(source)
-
-
 def load_client_data(
     config: DataConfig,
     preprocessing: Preprocessing,
@@ -176,7 +156,7 @@ def client_share(config: DataConfig, *, partition: int, seed: int) -> Share:
         DataError: If the source cannot be used, or the client does not exist.
     """
     own = own_clients(config.data)
-    names = _names(config, own)
+    names = names_in(config, own)
     if not 0 <= partition < len(names):
         raise DataError(
             f"There is no client {partition}: `data` {config.data!r} yields {len(names)} clients, "

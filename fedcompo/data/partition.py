@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcompo.config.data import COLUMN, IID, DataConfig
+from fedcompo.config.data import CLASSES, COLUMN, IID, DataConfig
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.draws import (
     Indices,
@@ -32,6 +32,7 @@ from fedcompo.data.draws import (
     frozen_generator,
     split_class,
 )
+from fedcompo.data.sources.kinds import catalogue_of, own_clients
 from fedcompo.data.tasks import member_name
 from fedcompo.errors import DataError
 from fedcompo.seeds import derive_seed
@@ -44,6 +45,27 @@ ADVICE = (
     "Set fewer clients (`num-tasks`, `clients-per-task`), keep more images, or set a larger alpha "
     "in `partition = dirichlet:<alpha>`."
 )
+
+
+def client_names(source: DataConfig) -> tuple[str, ...]:
+    """Name the clients that a source yields: those it has of itself, else its parts.
+
+    Raises:
+        DataError: If the source is unknown or cannot be read, or cannot be cut this way.
+    """
+    return names_in(source, own_clients(source.data))
+
+
+def names_in(source: DataConfig, own: tuple[str, ...]) -> tuple[str, ...]:
+    """Name the clients, given those that the source has of itself."""
+    if own and source.rule != CLASSES:
+        raise DataError(
+            f"`partition` is {source.partition!r}, but {source.data} says itself who its "
+            "clients are. Leave `partition` out."
+        )
+    if source.rule == COLUMN:
+        return values_of(catalogue_of(source.data), source)
+    return own or member_names(source)
 
 
 def member_names(config: DataConfig) -> tuple[str, ...]:

@@ -31,8 +31,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fedcompo.data.catalogue import Catalogue
@@ -96,6 +94,9 @@ def _together(
     images: Sequence[int], samples: Mapping[int, str], groups: Sequence[str]
 ) -> list[list[int]]:
     """Join images of one group, and those with the same content; the largest unit comes first."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     _, content = np.unique([samples[i] for i in images], return_inverse=True)
     named = [f"group {groups[i]}" if groups[i] else f"sample {samples[i]}" for i in images]
     _, group = np.unique(named, return_inverse=True)

@@ -33,8 +33,8 @@ from flwr.common.logger import log
 PORT = "--port"
 FIRST, SLOWER, IDLE = 0.01, 1.25, 1.0
 """Seconds of the first pause, the growth from one to the next, and seconds of the longest one."""
-MODULES = ("torch", "timm", "flwr.supernode.cli.flwr_clientapp", "clients.app")
-"""What a phase imports; the app last, for what is left."""
+MODULES = ("torch", "timm", "flwr.supernode.cli.flwr_clientapp", "clients.work")
+"""What a phase imports; our own last, for what is left."""
 REST = 300.0
 """Seconds without a message after which the memory of all that, 0.5 GB, is given back."""
 

@@ -69,7 +69,7 @@ def fit_alone(
                 "without, by `--set shards=1` and a name of its own."
             )
         step("reading the images")
-        local, apps, server = map(import_module, ("clients.local", "clients.app", "server.alone"))
+        local, apps, server = map(import_module, ("clients.local", "clients.work", "server.alone"))
         node = {"data": str(data), "client": whole_of(name)}
         backbone = joined.backbone.load(pick_device(config.device))
         own = local.LocalClient.from_node(config.flat(), node, backbone=backbone, shard=shard)

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from fedcompo.config.choices import EngineKind
 from fedcompo.config.setting import Scalar
-from fedcompo.engine.log import Event, EventTail, LineTail, last_error, note, read_from
+from fedcompo.engine.log import Event, EventTail, last_error, note, read_from
 from fedcompo.engine.resources import Resources
 from fedcompo.engine.run_folder import CLIENTS, EVENTS, LOG, PROGRESS, RESULTS
 from fedcompo.engine.superlink import Engine, started
@@ -33,15 +33,9 @@ from fedcompo.errors import LaunchError
 from fedcompo.report.progress import Files
 from fedcompo.storage.files import PACKAGE
 
-TICK = 0.2
-FIRST_POLL, LONGEST_POLL, LAST_POLL = 5.0, 20.0, 1.0
-"""Seconds between two questions to Flower, which cost a second of CPU each: at first, in the middle
-of a run, and once the log says that it has ended."""
+TICK = 0.1
 COMPLETED = "finished:completed"
-END_OF_TASK = "Finished task"
 INTRODUCTION = "Simulation failed with exception: "
-UNANSWERED = 5
-"""A run is given up after so many unanswered questions in a row."""
 OnEvent = Callable[[Event], None]
 
 
@@ -96,11 +90,9 @@ class Simulation:
         """Run on Flower's engine; returns the run's status and what Flower says about it."""
         if not config.get("in-flight") and (few := self.resources.in_flight(self.clients)):
             config = {**config, "in-flight": few}
-        with started(self.output / LOG) as engine:
-            run_id = engine.submit(self.app, config, self.resources.federation(self.clients))
-            on_event(note("Flower's engine has started; Ray takes another moment."))
-            with engine.logging(run_id):
-                return _follow(engine, run_id, look)
+        federation = self.resources.federation(self.clients)
+        with started(self.output / LOG, self.app, config, federation) as engine:
+            return _follow(engine, look, on_event)
 
     def _in_process(
         self, config: Mapping[str, Scalar], look: Callable[[], None]
@@ -158,32 +150,26 @@ def _looking(look: Callable[[], None]) -> Iterator[None]:
         looking.result()
 
 
-def _follow(engine: Engine, run_id: str, look: Callable[[], None]) -> tuple[str, str]:
+def _follow(engine: Engine, look: Callable[[], None], on_event: OnEvent) -> tuple[str, str]:
     """Look for events until the run has ended; returns its status and what Flower says about it."""
-    interval, unanswered, ending = FIRST_POLL, 0, False
-    due = time.monotonic() + interval
-    log = LineTail(engine.log)
+    begun = False
     while True:
         time.sleep(TICK)
-        look()
-        if any(END_OF_TASK in line for line in log.read()):
-            ending, due = True, 0.0
-        if not engine.alive:
-            return "finished:failed", "Flower's SuperLink ended before the run did."
-        if time.monotonic() < due:
-            continue
+        alive = engine.alive
         try:
-            (status, details), unanswered = engine.status(run_id), 0
+            said = engine.hear()
         except LaunchError as error:
-            unanswered += 1
-            if unanswered == UNANSWERED:
-                return "finished:failed", str(error)
-            status, details = "unknown", ""
-        if status.startswith("finished"):
-            look()
-            return status, details
-        interval = LAST_POLL if ending else min(1.5 * interval, LONGEST_POLL)
-        due = time.monotonic() + interval
+            if not begun:
+                raise
+            said = {"status": "finished:failed", "details": str(error)}
+        if "run" in said:
+            begun = True
+            on_event(note("Flower's engine has started; Ray takes another moment."))
+        look()
+        if "status" in said:
+            return said["status"], said["details"]
+        if not alive:
+            return "finished:failed", "Flower's SuperLink ended before the run did."
 
 
 def _results(output: Path, status: str, details: str, reported: str) -> dict[str, Any]:

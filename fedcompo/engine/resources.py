@@ -13,6 +13,9 @@ from fedcompo.errors import ConfigError
 CLIENTS_PER_GPU = 8
 """Clients that share a GPU by default, at most: each has a model and a CUDA context of its own."""
 
+DRIVERS = ("nvidiactl", "kfd", "dxg")
+"""Devices without which torch finds no GPU: NVIDIA's, AMD's, and those of Windows."""
+
 WAITING = 8
 """Requests under way for each CPU, at most: whatever waits for a CPU has its time running."""
 
@@ -90,6 +93,8 @@ def _cpus() -> int:
 
 
 def _gpus() -> int:
+    if not any(Path("/dev", driver).exists() for driver in DRIVERS):
+        return 0  # at once: torch takes seconds to load
     import torch
 
     return torch.cuda.device_count()

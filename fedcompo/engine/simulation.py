@@ -86,7 +86,7 @@ def count_clients(config: RunConfig) -> int:
         DataError: If the data cannot be used.
         ContributionError: If a folder's name cannot be a client's.
     """
-    from fedcompo.data.client_data import client_names  # imports torch
+    from fedcompo.data.partition import client_names
 
     names = client_names(config.data)
     available = len(names)

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcompo.config.scenario import as_toml
 from fedcompo.config.setting import Scalar
 from fedcompo.engine import guard
-from fedcompo.engine.log import last_error, plain, read_from
+from fedcompo.engine.log import LineTail, last_error, read_from
 from fedcompo.engine.proxies import past_loopback
 from fedcompo.engine.run_folder import CLIENTS, LOGS
 from fedcompo.errors import LaunchError
@@ -35,12 +34,10 @@ from fedcompo.storage.files import PACKAGE
 MARKER = "FEDCOMPO_ENGINE"
 """Environment variable that every process of an engine carries; its value names the engine."""
 
-LINK = "simulation"
 READY = "Uvicorn running on"
 PORT_TAKEN = "address already in use"
 ATTEMPTS = 3
 START_SECONDS = 120.0
-ANSWER_SECONDS = 120.0
 END_SECONDS = 30.0
 LONGEST_TEMPORARY = 20
 """Ray's sockets lie 68 characters below the engine's folder; a socket's path may have 107."""
@@ -53,117 +50,77 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     # "No cluster": Ray then listens on loopback instead of the machine's address.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # One process a CPU starts, with what the app is to run there; not idle ones before.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_preload_python_modules": "clients.preload",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
     "PYTHONUNBUFFERED": "1",
 }
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A running SuperLink, and how to talk to it.
-
-    Attributes:
-        folder: Its private folder.
-        log: File that its output is appended to.
-        environment: Environment of every Flower program that is to find it.
-        guard: The process that ends it; see :mod:`fedcompo.engine.guard`.
-    """
+    """A running SuperLink, and the run that it was started for."""
 
     folder: Path
+    """Its private folder."""
     log: Path
-    environment: Mapping[str, str]
+    """File that its output, and that of the run's apps, is appended to."""
     guard: subprocess.Popen[bytes]
-
-    def submit(
-        self, app: Path, settings: Mapping[str, Scalar], federation: Mapping[str, float]
-    ) -> str:
-        """Start a run of the app in a folder; returns the run's id.
-
-        Args:
-            app: Folder with the app's ``pyproject.toml``.
-            settings: Run config; every key must have a default in the app.
-            federation: Flower's simulation settings, such as ``num-supernodes``.
-        """
-        # A file: values on the command line cannot hold both blanks and quotes.
-        config = self.folder / "run.toml"
-        config.write_text(as_toml(settings), encoding="utf-8")
-        size = " ".join(f"{key}={value}" for key, value in federation.items())
-        options = ("--run-config", str(config), "--federation-config", size)
-        return str(self._ask("run", str(app), LINK, *options)["run-id"])
-
-    def status(self, run_id: str) -> tuple[str, str]:
-        """Status of a run (``finished:completed``, ...) and what Flower says about it."""
-        run = self._ask("list", LINK, "--run-id", run_id)["runs"][0]
-        details = str(run.get("status-details") or "")
-        return str(run["status"]), "" if details == "N/A" else details
-
-    @contextlib.contextmanager
-    def logging(self, run_id: str) -> Iterator[None]:
-        """Append what the apps of a run print to the log, for as long as this context lasts."""
-        command = [program("flwr", self.environment), "log", run_id, LINK, "--stream"]
-        with (
-            self.log.open("ab") as sink,
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder / "cwd",
-                env=self.environment,
-                start_new_session=True,
-            ) as stream,
-        ):
-            try:
-                yield
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    stream.wait(5)  # the last lines arrive after the run has ended
-            finally:
-                stream.kill()
+    """The process that ends it; see :mod:`fedcompo.engine.guard`."""
+    control: subprocess.Popen[bytes]
+    """The process that follows the run; see :mod:`fedcompo.engine.control`."""
+    answers: LineTail
+    """What that says, in lines of JSON."""
 
     @property
     def alive(self) -> bool:
         """Whether the SuperLink still runs."""
         return self.guard.poll() is None
 
-    def _ask(self, *arguments: str) -> dict[str, Any]:
-        """Run ``flwr`` and return its answer; raises LaunchError with what it complains about."""
-        try:
-            answer = subprocess.run(
-                [program("flwr", self.environment), *arguments, "--format", "json"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                cwd=self.folder / "cwd",
-                env=self.environment,
-                timeout=ANSWER_SECONDS,
+    def hear(self) -> dict[str, Any]:
+        """What is new of the run: that it has started, or how it has ended; see ``control``.
+
+        Raises:
+            LaunchError: If the SuperLink has refused the run, or does not answer any more.
+        """
+        ended = self.control.poll() is not None
+        said: dict[str, Any] = {}
+        for line in self.answers.read():
+            said |= json.loads(line)
+        if "error" in said or (ended and "status" not in said):
+            reason = said.get(
+                "error", f"the process that follows the run ended with {self.control.returncode}"
             )
-            parsed = json.loads(answer.stdout[answer.stdout.index("{") :])
-        except subprocess.TimeoutExpired as error:
-            raise LaunchError(
-                f"`flwr {arguments[0]}` did not answer within {ANSWER_SECONDS:.0f} seconds."
-            ) from error
-        except ValueError as error:
-            output = plain(answer.stdout + answer.stderr).strip()
-            raise LaunchError(f"`flwr {arguments[0]}` failed:\n{output}") from error
-        if not parsed.get("success"):
-            lines = plain(str(parsed.get("error-message", parsed))).splitlines()
-            kept = [line for line in lines if not line.startswith("Using SuperLink")]
-            reason = "\n".join(kept).strip()
-            raise LaunchError(f"`flwr {arguments[0]}` failed:\n{reason}\nFlower's log: {self.log}")
-        return dict(parsed)
+            raise LaunchError(f"Flower does not answer: {reason}\nFlower's log: {self.log}")
+        return said
 
 
 @contextlib.contextmanager
-def started(log: Path) -> Iterator[Engine]:
-    """Start an engine that logs to a file; every process that it starts ends with the context.
+def started(
+    log: Path, app: Path, settings: Mapping[str, Scalar], federation: Mapping[str, float]
+) -> Iterator[Engine]:
+    """Start an engine, and a run on it; every process that it starts ends with the context.
+
+    Args:
+        log: File to append to.
+        app: Folder with the app's ``pyproject.toml``.
+        settings: Run config; every key must have a default in the app.
+        federation: Flower's simulation settings, such as ``num-supernodes``.
 
     Raises:
         LaunchError: If it does not come up; with the end of its log.
     """
     for _ in range(ATTEMPTS):
         begins = log.stat().st_size if log.exists() else 0
-        with _superlink(log) as engine:
+        with _superlink(log) as (engine, address):
+            asked = {"app": str(app), "run": settings}
+            sizes = {key.replace("-", "_"): value for key, value in federation.items()}
+            _say(engine, **asked, federation=sizes)
             logged = _wait_until_ready(engine, begins)
             if READY in logged:
+                _say(engine, address=address)
                 yield engine
                 return
         if PORT_TAKEN not in logged:
@@ -171,6 +128,13 @@ def started(log: Path) -> Iterator[Engine]:
     raise LaunchError(
         f"Flower's SuperLink did not start. The end of its log ({log}):\n{last_error(logged)}"
     )
+
+
+def _say(engine: Engine, **said: Any) -> None:
+    assert engine.control.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it has ended: `hear` tells
+        engine.control.stdin.write(json.dumps(said).encode() + b"\n")
+        engine.control.stdin.flush()
 
 
 def program(name: str, environment: Mapping[str, str]) -> str:
@@ -185,31 +149,39 @@ def program(name: str, environment: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def _superlink(log: Path) -> Iterator[Engine]:
+def _superlink(log: Path) -> Iterator[tuple[Engine, str]]:
+    """Start a SuperLink and the process that follows its run; yields its address, too."""
     folder = Path(tempfile.mkdtemp(prefix="fedcompo-", dir=_temporary()))
     try:
         environment = _environment(folder, os.environ)
         environment[LOGS] = str(log.absolute().parent / CLIENTS)
-        superlink = program("flower-superlink", environment)
-        port = _free_port()
-        _write_files(folder, port)
+        superlink, port = program("flower-superlink", environment), _free_port()
+        _write_files(folder)
         serve = [superlink, "--insecure", "--simulation"]
         serve += ["--host", "127.0.0.1", "--port", str(port)]
-        with log.open("ab") as sink:
-            process = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, str(folder), *serve],
-                stdin=subprocess.PIPE,  # closes when we end, however we end: the guard then acts
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                cwd=folder / "cwd",
-                env=environment,
-                start_new_session=True,  # Ctrl-C in a terminal reaches us alone
-            )
+        with log.open("ab") as sink, (folder / "answers").open("wb") as answers:
+            own: dict[str, Any] = {
+                "stdin": subprocess.PIPE,  # closes when we end, however we end: they then act
+                "stderr": sink,
+                "cwd": folder / "cwd",
+                "env": environment,
+                "start_new_session": True,  # Ctrl-C in a terminal reaches us alone
+            }
+            guarded = [sys.executable, "-I", guard.__file__, str(folder), *serve]
+            process = subprocess.Popen(guarded, stdout=sink, **own)
+            # -P: the modules beside it have names of their own
+            follow = [sys.executable, "-P", str(Path(guard.__file__).with_name("control.py"))]
+            following = subprocess.Popen(follow, stdout=answers, **own)
         try:
-            yield Engine(folder, log, environment, process)
+            tail = LineTail(folder / "answers")
+            yield Engine(folder, log, process, following, tail), f"127.0.0.1:{port}"
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
+            for started_process in (following, process):
+                assert started_process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    started_process.stdin.close()
+            following.kill()
+            following.wait()
             with contextlib.suppress(subprocess.TimeoutExpired):  # it goes on by itself
                 process.wait(END_SECONDS)
     finally:
@@ -245,14 +217,10 @@ def _environment(folder: Path, user: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def _write_files(folder: Path, port: int) -> None:
+def _write_files(folder: Path) -> None:
     """Write the files of an engine's private folder."""
     (folder / "cwd").mkdir()
     (folder / "home").mkdir()
-    (folder / "home" / "config.toml").write_text(
-        f'[superlink]\ndefault = "{LINK}"\n\n'
-        f'[superlink.{LINK}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
     if _must_be_linked():
         # A link to this package alone: its checkout on the path would also bring that checkout's
         # `clients` and `server`, and they would hide the app's.

@@ -114,11 +114,11 @@ def measure(job: Job) -> Job:
 
 def nothing(job: Job, work: Path) -> dict[str, int]:
     """Import the apps and load the backbone."""
-    import server.app
+    import server.work
     from fedcompo.backbone.backbone import load_backbone
     from fedcompo.config.run import BackboneConfig
 
-    assert server.app.app
+    assert server.work.run
     file = checkpoint(Path(job.folder), job.scale)
     load_backbone(BackboneConfig(str(file["backbone"]), str(file["checkpoint"])))
     return {"load": peak_bytes()["resident"]}

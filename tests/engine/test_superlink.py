@@ -9,7 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from flwr.cli.build import build_fab_from_disk
+from tiny_app import write_app
 
+from fedcompo.engine import control
 from fedcompo.engine import superlink as engine
 from fedcompo.engine.log import LineTail, last_error
 from fedcompo.errors import LaunchError
@@ -101,7 +104,7 @@ def test_two_engines_carry_different_markers(tmp_path: Path) -> None:
 def test_the_engine_finds_this_library_and_not_the_checkout_around_it(tmp_path: Path) -> None:
     if not engine._must_be_linked():
         pytest.skip("the library is installed")
-    engine._write_files(tmp_path, 1)
+    engine._write_files(tmp_path)
     environment = engine._environment(tmp_path, os.environ)
     where = subprocess.run(
         [sys.executable, "-c", "import fedcompo.errors as e; print(e.__file__)"],
@@ -113,6 +116,20 @@ def test_the_engine_finds_this_library_and_not_the_checkout_around_it(tmp_path: 
     ).stdout.strip()
     assert Path(where).resolve() == Path(engine.__file__).resolve().parents[1] / "errors.py"
     assert [entry.name for entry in (tmp_path / "library").iterdir()] == ["fedcompo"]
+
+
+@pytest.mark.parametrize("names_its_files", [True, False])
+def test_an_app_is_bundled_as_flower_bundles_it(names_its_files: bool, tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app", "raise")
+    (app / "LICENSE").write_text("Free.")
+    (app / ".gitignore").write_text("secret.py")
+    for name in ("secret.py", "tiny_server/secret.py", "other.py"):
+        (app / name).touch()
+    if names_its_files:
+        project = (app / "pyproject.toml").read_text()
+        named = 'publisher = "tests"\nfab-include = ["tiny_*/**/*.py"]'
+        (app / "pyproject.toml").write_text(project.replace('publisher = "tests"', named))
+    assert control.bundled(app) == build_fab_from_disk(app)
 
 
 def test_a_missing_program_is_named_with_its_remedy() -> None:
@@ -132,6 +149,6 @@ def test_a_superlink_that_does_not_start_says_why(
     monkeypatch.setattr(engine, "_free_port", lambda: 99_999)
     with (
         pytest.raises(LaunchError, match=r"(?s)did not start.*99999|port"),
-        engine.started(tmp_path / "log"),
+        engine.started(tmp_path / "log", write_app(tmp_path / "app", "raise"), {}, {}),
     ):
         pass

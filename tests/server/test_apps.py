@@ -19,7 +19,7 @@ from PIL import Image
 from round_runs import draw_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import server.app
+import server.work
 from clients import local
 from clients.app import app as client_app
 from clients.local import LocalClient
@@ -57,7 +57,7 @@ def again(finished) -> tuple[bytes, Path]:
 
 
 def test_a_report_that_cannot_be_drawn_fails_no_run(tmp_path, caplog):
-    server.app._report(tmp_path, {"created": "no more than this"})
+    server.work._report(tmp_path, {"created": "no more than this"})
     assert list(tmp_path.iterdir()) == []
     assert f"fedcompo report {tmp_path}" in caplog.text
 
@@ -239,7 +239,7 @@ def test_a_client_that_raises_is_named_and_left_out(tmp_path, monkeypatch):
             raise RuntimeError("the disk of client-1 is full")
         return original(self, request)
 
-    monkeypatch.setattr("clients.app.LocalClient.train", fail)
+    monkeypatch.setattr("clients.work.LocalClient.train", fail)
     monkeypatch.setattr("clients.local.LocalClient.train", fail)
     results = run({}, tmp_path / "out")
     (left_out,) = results["left_out"]

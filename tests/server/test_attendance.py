@@ -60,7 +60,7 @@ def metrics(monkeypatch) -> dict[str, list[dict]]:
         monkeypatch.setattr("clients.local.fit_task_vector", fit)
         return original(self, request)
 
-    monkeypatch.setattr("clients.app.LocalClient.train", train)
+    monkeypatch.setattr("clients.work.LocalClient.train", train)
     return seen
 
 
@@ -162,7 +162,7 @@ def test_who_failed_on_joining_may_come_again_under_another_node(
             raise RuntimeError("out of memory")
         return original(self, request)
 
-    monkeypatch.setattr("clients.app.LocalClient.describe", fail_once)
+    monkeypatch.setattr("clients.work.LocalClient.describe", fail_once)
     results = rounds(images, tmp_path, Looks(nodes={"eve": [3]}).options, joins="eve:2")
     assert happened(results, "came") == [["ann", "ben"], [], ["eve"]]
     assert results["left_out"][0]["reason"] == "RuntimeError; see the client's own log."

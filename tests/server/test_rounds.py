@@ -322,7 +322,7 @@ def test_who_raises_once_misses_that_round_alone(images, tmp_path, monkeypatch):
             raise RuntimeError("the disk of eve is full")
         return original(self, request)
 
-    monkeypatch.setattr("clients.app.LocalClient.train", fail)
+    monkeypatch.setattr("clients.work.LocalClient.train", fail)
     results = federate(images, tmp_path / "out", num_server_rounds=3)
     (missed,) = results["missed"]
     assert missed["client"] == "eve"

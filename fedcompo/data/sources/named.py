@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from fedcompo.data.catalogue import Catalogue
@@ -21,11 +24,9 @@ def digits_catalogue() -> Catalogue:
 
     A fixed 25 % of each class are test images.
     """
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _digits()
     pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (count, 8, 8)
-    classes = labels.astype(np.str_)
+    classes = labels.astype(np.int64).astype(np.str_)
     is_test = np.zeros(len(classes), dtype=bool)
     for name in np.unique(classes):
         draw = frozen_generator(DIGITS_SEED, "split", str(name))
@@ -37,3 +38,17 @@ def digits_catalogue() -> Catalogue:
         is_test=is_test,
         open=lambda index: Image.fromarray(pixels[index]),
     )
+
+
+def _digits() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Read scikit-learn's file of digits; to import it as well takes a second."""
+    package = find_spec("sklearn")
+    for folder in package.submodule_search_locations or () if package else ():
+        file = Path(folder, "datasets", "data", "digits.csv.gz")
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")  # (count, 64 pixels and the label)
+            return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return images, labels

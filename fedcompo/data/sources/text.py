@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcompo.backbone.preprocessing import Modality
+from fedcompo.config.choices import Modality
 from fedcompo.data.catalogue import Catalogue, class_name, version_of
 from fedcompo.data.sources.labels import MULTI_LABEL
 from fedcompo.data.sources.splits import split_of
