@@ -99,7 +99,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """Multiply as ``F.linear``, whose arguments' names these are."""
     if not isinstance(weight, _Changed):
         return F.linear(_dense(input), weight, _dense(bias))
-    if bias is not None and bias.requires_grad or isinstance(input, _Changed):
+    if (bias is not None and bias.requires_grad) or isinstance(input, _Changed):
         return F.linear(_dense(input), _dense(weight), _dense(bias))
     delta = weight.delta
     product: Tensor = _Product.apply(
