@@ -60,8 +60,8 @@ def trained_forward(
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-        for (parameters, own, *_), weight in zip(places, before, strict=True):
-            parameters[own] = weight
+        for (parameters, own, *_), parameter in zip(places, before, strict=True):
+            parameters[own] = parameter
 
 
 class _Changed(Tensor):

@@ -25,7 +25,7 @@ from fedcompo.backbone.tangent import square_loss, tangent_features
 from fedcompo.config.choices import Kind, Precision
 from fedcompo.config.run import TrainConfig
 from fedcompo.data.client_data import Split
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
@@ -209,7 +209,8 @@ class _Training:
         self._optimiser.zero_grad()
         mean = torch.zeros((), device=device)
         with self._forward() as features:
-            for some, own in zip(images.split(size), labels.to(device).split(size), strict=True):
+            parts = (torch.split(whole, size) for whole in (images, labels.to(device)))
+            for some, own in zip(*parts, strict=True):
                 with _autocast(self._config.precision, device):
                     logits = self._head.logits(features(some))
                 loss = self._loss(logits.float(), own) * (len(own) / len(labels))
@@ -246,6 +247,11 @@ class _TangentTraining(_Training):
     r"""For tangents: features are linear in :math:`\tau`, and the loss is TMC's square loss."""
 
     def _forward(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        if self._config.checkpoint_blocks:
+            raise ConfigError.public(
+                "`checkpoint-blocks` is set, but tangents are not trained so. Unset it, and set "
+                "`micro-batch` to save memory, or choose another `kind`."
+            )
         return nullcontext(self._features)
 
     def _features(self, images: Tensor) -> Tensor:

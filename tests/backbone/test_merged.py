@@ -88,3 +88,24 @@ def test_a_layer_in_bfloat16_is_near_the_same_in_float32(backbone, kind):
             both.append(torch.cat([g.flatten() for g in gradients(found.float(), deltas)]))
     assert all(g.dtype == torch.float32 for g in both)
     assert 0 < (both[0] - both[1]).norm() < 0.05 * both[0].norm()
+
+
+def test_checkpointed_blocks_keep_less(backbone):
+    deltas = random_deltas(Kind.LORA, backbone.theta_0, seed=1)
+    kept = []
+    for checkpointed in (False, True):
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            trained_forward(
+                backbone, deltas, backbone.theta_0, 1.0, checkpointed=checkpointed
+            ) as forward,
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            forward(IMAGES)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.5 * kept[0]

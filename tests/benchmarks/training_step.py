@@ -9,10 +9,9 @@
 - *lora*, *ia3*, *full*: fedcompo's own step; *anchored*: with a trust region and an anchor, which
   act every fourth step; *IEL*: inside the sum with others.
 
-All take cross entropy and the same fused AdamW, on images as bytes and without augmentation. They
-take turns in one process, four steps at a time; times are medians of these turns, and so are
-ratios, which hold on a noisy machine. *Held* are the bytes kept for the backward pass, beside
-the pre-trained weights, and the state of the optimiser.
+All take cross entropy and the same fused AdamW, without augmentation. They take turns in one
+process, four steps each; times and ratios are medians of turns. *Held* are the bytes kept for the
+backward pass, beside the pre-trained weights, and the state of the optimiser.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ def of_pytorch(
 
 
 def classifier_on(backbone: Backbone) -> nn.Module:
-    model = copy.deepcopy(backbone.model)
-    model.reset_classifier(CLASSES)
+    (model := copy.deepcopy(backbone.model)).reset_classifier(CLASSES)
     return model
 
 
@@ -131,12 +129,11 @@ def held(step: Step, optimiser: torch.optim.Optimizer, weights: set[int], batch:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         step(*batch)
-    groups = optimiser.param_groups
-    weights = weights | {p.untyped_storage().data_ptr() for g in groups for p in g["params"]}
+    trained = (p for group in optimiser.param_groups for p in group["params"])
+    weights = weights | {p.untyped_storage().data_ptr() for p in trained}
     states = (t for state in optimiser.state.values() for t in state.values())
-    return sum(n for place, n in sizes.items() if place not in weights) + sum(
-        tensor.nbytes for tensor in states
-    )
+    kept = sum(size for place, size in sizes.items() if place not in weights)
+    return kept + sum(tensor.nbytes for tensor in states)
 
 
 def main() -> None:
@@ -150,17 +147,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     given = parser.parse_args()
-    config = BackboneConfig(
-        backbone=given.backbone, checkpoint=given.checkpoint, image_size=given.image_size
-    )
-    backbone = load_backbone(config, given.device)
+    chosen = BackboneConfig(given.backbone, given.checkpoint, given.image_size)
+    backbone = load_backbone(chosen, given.device)
     shape = backbone.preprocessing.shape
     print(f"{given.backbone}, images of {shape}, {given.device}, {given.precision}\n")
     print("| batch | step | seconds | times PEFT | held, MB | times PEFT |")
     print("|---|---|---|---|---|---|")
-    train = TrainConfig(
-        augmentation=Augmentation.NONE, precision=Precision(given.precision), alpha=0.1
-    )
+    precision = Precision(given.precision)
+    train = TrainConfig(augmentation=Augmentation.NONE, precision=precision, alpha=0.1)
     for size in given.batches:
         steps = {"PEFT": peft_step(backbone, train), "plain full": plain_step(backbone, train)}
         steps |= {way: of_fedcompo(backbone, train, *WAYS[way]) for way in given.ways}
@@ -180,7 +174,7 @@ def report(
         step(*batch)
     kept = {}
     for way, (step, optimiser) in steps.items():
-        cells = [cell.cell_contents for cell in step.__closure__ or ()]
+        cells = (cell.cell_contents for cell in step.__closure__ or ())
         models = [backbone.model, *(c for c in cells if isinstance(c, nn.Module))]
         weights = {p.untyped_storage().data_ptr() for m in models for p in m.parameters()}
         kept[way] = held(step, optimiser, weights, batch)
