@@ -140,6 +140,16 @@ def test_describing_is_set_beside_a_forward_pass_by_curvature_and_classes(monkey
     assert rows[0][4] == "1.00"
 
 
+def test_training_steps_are_set_beside_pefts(monkeypatch, capsys):
+    pytest.importorskip("peft", reason="`pip install .[dev]` brings PEFT")
+    rows = table_of(monkeypatch, capsys, "training_step", "--batches", "2", "--rounds", "1")
+    assert [row[1] for row in rows] == [
+        "PEFT", "plain full", "lora", "lora, anchored", "lora, IEL", "ia3", "full"
+    ]  # fmt: skip
+    held = {row[1]: float(row[4]) for row in rows}
+    assert held["lora"] <= held["PEFT"] < held["plain full"]
+
+
 def test_factored_fisher_sets_every_form_beside_the_dense_one(monkeypatch, capsys):
     rows = table_of(monkeypatch, capsys, "factored_fisher", "--images", "2", "--epochs", "2")
     assert [row[:2] for row in rows] == [

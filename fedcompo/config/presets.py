@@ -55,7 +55,13 @@ OLDER: dict[str, Scalar] = {
 """How a contribution was made that was stored before it said ``statistics``."""
 OBSOLETE = ("fisher", "fisher-tolerance", "head-alpha", "head-decay")
 """Settings that such a contribution may name, and that are no more."""
-LATER: dict[str, Scalar] = {"partition": "classes", "clients-per-task": 0, "shards": 1}
+LATER: dict[str, Scalar] = {
+    "partition": "classes",
+    "clients-per-task": 0,
+    "shards": 1,
+    "micro-batch": 0,
+    "checkpoint-blocks": False,
+}
 """Settings that came later, with values at which they change nothing: then they are not stored."""
 
 

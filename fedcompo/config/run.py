@@ -178,6 +178,8 @@ class TrainConfig:
         FRACTION,
     )
     batch_size: int = setting(32, "Images a step, at most.", POSITIVE)
+    micro_batch: int = setting(0, "Images at a time, to save memory; 0: all.", NOT_NEGATIVE)
+    checkpoint_blocks: bool = setting(False, "Run blocks twice, to save memory; not of tangents.")
     learning_rate: float = setting(
         0.0,
         "AdamW's peak step size (cosine); 0: by kind (lora 0.002, full 0.0003, ia3 0.01), in "

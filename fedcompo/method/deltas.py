@@ -1,7 +1,13 @@
 r"""The trainable change :math:`\Delta` of one weight matrix: one class for each kind.
 
 A kind is a module whose ``forward`` returns :math:`\Delta`; autograd does the rest. A client
-trains, sends and stores its parameters. At the start :math:`\Delta = 0`.
+trains, sends and stores its parameters. At the start :math:`\Delta = 0`. In training a kind also
+says what a linear layer needs (:mod:`fedcompo.backbone.merged`), which is tested against autograd:
+
+- ``merged(base, scale)``: :math:`W + s\Delta`, (out, in), in one pass, without a graph;
+- ``gradients(g, x, scale)``: those of its parameters, in their order, from g, (tokens, out), that
+  of a linear layer's output, and x, (tokens, in), its input. That of the weight is
+  :math:`g^\top x`.
 
 Source: Porrello et al., *A Second-Order Perspective on Model Compositionality and Incremental
 Learning*, ICLR 2025 (arXiv 2405.16350), section 4.
@@ -13,6 +19,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedcompo.config.choices import Kind
@@ -37,6 +44,15 @@ class Full(nn.Module):
     def forward(self) -> Tensor:
         """Return the change, (out, in)."""
         return self.delta
+
+    def merged(self, base: Tensor, scale: float) -> Tensor:
+        r"""Return :math:`W + s\Delta`."""
+        return torch.add(base, self.delta.detach(), alpha=scale)
+
+    def gradients(self, g: Tensor, x: Tensor, scale: float) -> list[Tensor]:
+        r"""Return :math:`s\,g^\top x`."""
+        gradient = (g.T @ x).to(self.delta)
+        return [gradient if scale == 1 else scale * gradient]
 
 
 class LoRA(nn.Module):
@@ -67,6 +83,19 @@ class LoRA(nn.Module):
         """Return the change, (out, in)."""
         return self.B @ self.A
 
+    def merged(self, base: Tensor, scale: float) -> Tensor:
+        r"""Return :math:`W + s BA`."""
+        return torch.addmm(base, self.B.detach(), self.A.detach(), alpha=scale)
+
+    def gradients(self, g: Tensor, x: Tensor, scale: float) -> list[Tensor]:
+        r"""Return :math:`s\,(gB)^\top x` and :math:`s\,g^\top (x A^\top)`.
+
+        Of a product of a tall and a thin matrix, the thin one goes first: CPUs are faster then.
+        """
+        down = F.linear(x, self.A.detach().to(x))  # (tokens, rank)
+        up = F.linear(g, self.B.detach().T.to(g).contiguous())
+        return [(scale * (up.T @ x)).to(self.A), (scale * (down.T @ g)).T.to(self.B)]
+
 
 class IA3(nn.Module):
     r""":math:`\Delta = W_0 \odot (l - 1)`: one scale l per output row, starting at 1."""
@@ -82,6 +111,14 @@ class IA3(nn.Module):
     def forward(self) -> Tensor:
         """Return the change, (out, in)."""
         return self.weight * (self.l - 1)
+
+    def merged(self, base: Tensor, scale: float) -> Tensor:
+        r"""Return :math:`W + s W_0 \odot (l - 1)`."""
+        return torch.addcmul(base, self.weight, self.l.detach() - 1, value=scale)
+
+    def gradients(self, g: Tensor, x: Tensor, scale: float) -> list[Tensor]:
+        r"""Return the sums of the rows of :math:`s\,(g^\top x) \odot W_0`."""
+        return [scale * ((g.T @ x).to(self.weight) * self.weight).sum(1, keepdim=True)]
 
 
 Delta = Full | LoRA | IA3

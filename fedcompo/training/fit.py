@@ -1,6 +1,6 @@
 """Fit a client's task vector: alone (ITA), or inside the sum of all (IEL).
 
-The weights θ₀ + Δ go into ``functional_call`` and autograd does the rest, for every kind but
+The weights θ₀ + Δ go into the model (:mod:`fedcompo.backbone.merged`), for every kind but
 tangents, which are trained to first order (:mod:`fedcompo.backbone.tangent`). Source of the
 procedure: Porrello et al., ICLR 2025 (arXiv 2405.16350), section 4.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedcompo.backbone.backbone import Backbone
+from fedcompo.backbone.merged import trained_forward
 from fedcompo.backbone.tangent import square_loss, tangent_features
 from fedcompo.config.choices import Kind, Precision
 from fedcompo.config.run import TrainConfig
 from fedcompo.data.client_data import Split
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.deltas import Delta, Weights, new_deltas
 from fedcompo.method.heads import Head
 from fedcompo.method.task_vector import TaskVector
@@ -113,15 +115,16 @@ def fit_task_vector(
     epochs, losses, step = whole + (rest > 0), list[float](), 0
     with track(whole * len(data.labels) + rest * batch, "images", "training") as count:
         for epoch in range(1, epochs + 1):
-            total, seen = 0.0, 0
+            total, seen = torch.zeros((), dtype=torch.float64, device=backbone.device), 0
             for images, labels in islice(_batches(data, batch, generator), steps - step):
                 passed = course.passed + course.share * step / steps
                 schedule = 0.5 * (1 + math.cos(math.pi * passed))
                 step += 1
-                total += len(labels) * training.step(images, labels, schedule, last=step == steps)
+                loss = training.step(images, labels, schedule, last=step == steps)
+                total += len(labels) * loss
                 seen += len(labels)
                 count(len(labels))
-            losses.append(total / seen)
+            losses.append(float(total) / seen)
             if not math.isfinite(losses[-1]):
                 raise ContributionError.public(
                     f"The training loss is {losses[-1]} after epoch {epoch}: training diverged. "
@@ -147,15 +150,10 @@ def ensembled(tau: Weights, theta_0: Weights, ensemble: Ensemble | None) -> Weig
     Returns:
         By weight name, each (out, in).
     """
-    return {name: theta_0[name] + change for name, change in _in_sum(tau, ensemble).items()}
-
-
-def _in_sum(tau: Weights, ensemble: Ensemble | None) -> Weights:
-    r""":math:`\lambda(R + w\,\tau)`, or alone τ."""
     if ensemble is None:
-        return tau
+        return {name: theta_0[name] + change for name, change in tau.items()}
     scale, share, rest = ensemble.scale, ensemble.share, ensemble.rest
-    return {n: scale * (rest[n].to(change) + share * change) for n, change in tau.items()}
+    return {n: theta_0[n] + scale * (rest[n].to(t) + share * t) for n, t in tau.items()}
 
 
 class _Training:
@@ -177,10 +175,12 @@ class _Training:
         self.deltas = new_deltas(kind, backbone.theta_0, rank=config.rank, generator=generator)
         if course.begin is not None:
             _restore(self.deltas, course.begin)
-        self._ensemble = course.ensemble
-        if self._ensemble is not None:
-            rest = {name: t.to(backbone.device) for name, t in self._ensemble.rest.items()}
-            self._ensemble = replace(self._ensemble, rest=rest)
+        self._ensemble, self._base, self._scale = course.ensemble, backbone.theta_0, 1.0
+        if (others := course.ensemble) is not None:
+            rest = {name: t.to(backbone.device) for name, t in others.rest.items()}
+            self._ensemble = replace(others, rest=rest)
+            self._scale, lent = others.scale * others.share, others.scale
+            self._base = {n: w.add(rest[n], alpha=lent) for n, w in self._base.items()}
         whole = steps / course.share
         self._penalty = TrainingPenalty(
             self.deltas, course.anchor, self._ensemble, config, steps=whole, variance=variance
@@ -195,52 +195,70 @@ class _Training:
         ]
         groups.append({"params": head.parameters, "size": 1.0, "weight_decay": 0.0})
         self._peak = config.learning_rate or LEARNING_RATES[kind]
-        self._optimiser = torch.optim.AdamW(groups, lr=self._peak)
+        self._optimiser = torch.optim.AdamW(groups, lr=self._peak, fused=True)
         self._parameters = [p for group in groups for p in group["params"]]
         self._mu = course.proximal_mu
         self._began = [p.detach().clone() for p in self._parameters] if self._mu else []
 
-    def step(self, images: Tensor, labels: Tensor, schedule: float, *, last: bool) -> float:
-        """Take one step on a batch; returns its mean loss, without penalties."""
+    def step(self, images: Tensor, labels: Tensor, schedule: float, *, last: bool) -> Tensor:
+        """Take one step on a batch; returns its mean loss, without penalties, on the device."""
         for group in self._optimiser.param_groups:
             group["lr"] = self._peak * schedule * group["size"]
-        images = images.to(self._backbone.device)
-        images = augment(images, self._config.augmentation, self._generator)
-        tau = {name: delta() for name, delta in self.deltas.items()}
-        with _autocast(self._config.precision, self._backbone.device):
-            logits = self._head.logits(self._features(tau, images))
-        loss = self._loss(logits.float(), labels.to(self._backbone.device))
-        objective = loss + self._proximal()
-        if (penalty := self._penalty.loss(tau)) is not None:
-            objective = objective + penalty
+        device, size = self._backbone.device, self._config.micro_batch or len(labels)
+        images = augment(images.to(device), self._config.augmentation, self._generator)
         self._optimiser.zero_grad()
-        objective.backward()  # type: ignore[no-untyped-call]
+        mean = torch.zeros((), device=device)
+        with self._forward() as features:
+            parts = (torch.split(whole, size) for whole in (images, labels.to(device)))
+            for some, own in zip(*parts, strict=True):
+                with _autocast(self._config.precision, device):
+                    logits = self._head.logits(features(some))
+                loss = self._loss(logits.float(), own) * (len(own) / len(labels))
+                loss.backward()  # type: ignore[no-untyped-call]
+                mean += loss.detach()
+        if (beside := self._beside()) is not None:
+            beside.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
         self._penalty.step(schedule, last=last)
-        return float(loss.detach())
+        return mean
 
-    def _features(self, tau: Weights, images: Tensor) -> Tensor:
-        """Features (batch, features) under the weights that are trained."""
-        theta = ensembled(tau, self._backbone.theta_0, self._ensemble)
-        return self._backbone.forward(theta)(images)
+    def _forward(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """The map from images to features (batch, features) under what is trained."""
+        blocks = self._config.checkpoint_blocks
+        return trained_forward(
+            self._backbone, self.deltas, self._base, self._scale, checkpointed=blocks
+        )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a batch; a scalar."""
         return F.cross_entropy(logits, labels)
 
-    def _proximal(self) -> Tensor | float:
-        r""":math:`\tfrac\mu2\lVert p - p_{begin}\rVert^2` over all trained parameters."""
+    def _beside(self) -> Tensor | None:
+        r"""A coupled penalty, and :math:`\tfrac\mu2\lVert p - p_{begin}\rVert^2`; None: neither."""
+        penalty = self._penalty.loss()
         if not self._mu:
-            return 0.0
+            return penalty
         pairs = zip(self._parameters, self._began, strict=True)
-        return 0.5 * self._mu * torch.stack([(p - b).square().sum() for p, b in pairs]).sum()
+        proximal = 0.5 * self._mu * torch.stack([(p - b).square().sum() for p, b in pairs]).sum()
+        return proximal if penalty is None else penalty + proximal
 
 
 class _TangentTraining(_Training):
     r"""For tangents: features are linear in :math:`\tau`, and the loss is TMC's square loss."""
 
-    def _features(self, tau: Weights, images: Tensor) -> Tensor:
-        return tangent_features(self._backbone, _in_sum(tau, self._ensemble), images)
+    def _forward(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        if self._config.checkpoint_blocks:
+            raise ConfigError.public(
+                "`checkpoint-blocks` is set, but tangents are not trained so. Unset it, and set "
+                "`micro-batch` to save memory, or choose another `kind`."
+            )
+        return nullcontext(self._features)
+
+    def _features(self, images: Tensor) -> Tensor:
+        tau = {name: delta() for name, delta in self.deltas.items()}
+        if (e := self._ensemble) is not None:
+            tau = {name: e.scale * (e.rest[name] + e.share * t) for name, t in tau.items()}
+        return tangent_features(self._backbone, tau, images)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return square_loss(logits, labels, self._config.target_logit)

@@ -105,14 +105,11 @@ class TrainingPenalty:
         self._schedules: list[float] = []
         self._moves: list[Tensor] = []
 
-    def loss(self, tau: Weights) -> Tensor | None:
-        """Return the penalty as part of the loss; None unless it is coupled.
-
-        Args:
-            tau: The task vector, dense; each entry (out, in).
-        """
+    def loss(self) -> Tensor | None:
+        """Return the penalty as part of the loss; None unless it is coupled."""
         if not self._fisher or self._config.penalty is not Penalty.COUPLED:
             return None
+        tau = {name: delta() for name, delta in self._deltas.items()}
         if self._ensemble is None:
             return ita_penalty(tau, self._fisher, self._config.alpha)
         rest, share, beta = self._ensemble.rest, self._ensemble.share, self._ensemble.beta

@@ -124,3 +124,15 @@ def test_stored_shapes_are_those_of_the_parameters(kind):
             found = tuple(parameter.shape)
             assert len(found) == len(shapes[key])
             assert all(s in (None, f) for s, f in zip(shapes[key], found, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_linear_layer_needs_is_what_autograd_gives(kind):
+    for name, delta in random_deltas(kind, THETA_0, seed=1).items():
+        base, x = normal(*THETA_0[name].shape, seed=2), normal(7, 4, seed=3)
+        dense = base + 0.3 * delta()
+        torch.testing.assert_close(delta.merged(base, 0.3), dense.detach())
+        y = x @ dense.T
+        g = normal(*y.shape, seed=4)
+        expected = torch.autograd.grad(y, list(delta.parameters()), g)
+        torch.testing.assert_close(delta.gradients(g, x, 0.3), list(expected))

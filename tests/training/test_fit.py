@@ -24,7 +24,7 @@ from fedcompo.backbone.tangent import feature_map, square_loss
 from fedcompo.config.choices import Augmentation, Kind, Penalty
 from fedcompo.config.run import TrainConfig
 from fedcompo.data.client_data import Split
-from fedcompo.errors import ContributionError
+from fedcompo.errors import ConfigError, ContributionError
 from fedcompo.method.deltas import Weights
 from fedcompo.method.heads import Head, zero_head
 from fedcompo.method.pool import Pool
@@ -260,6 +260,39 @@ def test_one_implicit_step_makes_up_for_all_since_the_one_before(
     assert [schedule for _, schedule in taken] == pytest.approx(
         [sum(cosine[i] for i in group) for group in expected]
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_parts_gives_the_same_result(backbone, kind):
+    sizes: set[int] = set()
+    expected = fit(backbone, kind, local_epochs=1, learning_rate=1e-3)
+    note = backbone.model.norm.register_forward_hook(lambda _, x, __: sizes.add(len(x[0])))
+    found = fit(backbone, kind, local_epochs=1, learning_rate=1e-3, micro_batch=3)
+    note.remove()
+    assert sizes == {len(DATA.labels), 3, 2}  # all of them: the head's scale
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", MIXABLE)
+def test_blocks_that_run_twice_give_the_same_result(backbone, kind):
+    calls: list[object] = []
+    expected = fit(backbone, kind, local_epochs=1, learning_rate=1e-3)
+    note = backbone.model.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(None))
+    found = fit(backbone, kind, local_epochs=1, learning_rate=1e-3, checkpoint_blocks=True)
+    note.remove()
+    assert len(calls) == 1 + 2 * 3  # the head's scale, and three steps
+    assert_close(found, expected)
+
+
+def test_blocks_of_tangents_do_not_run_twice(backbone):
+    with pytest.raises(ConfigError, match="micro-batch"):
+        fit(backbone, Kind.TANGENT, checkpoint_blocks=True)
+
+
+def assert_close(actual: Fitted, expected: Fitted) -> None:
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
+    for name, tensor in expected.task_vector.tensors.items():
+        torch.testing.assert_close(actual.task_vector.tensors[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 # -- how long -----------------------------------------------------------------------------------

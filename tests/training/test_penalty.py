@@ -13,6 +13,7 @@ from builders import (
     dense_by_hand,
     left_or_right,
     pico_backbone,
+    random_deltas,
     random_head,
     random_like,
     rng,
@@ -228,9 +229,9 @@ def test_held_says_how_much_of_the_way_the_anchor_took_back(backbone, kind):
 def test_coupled_to_the_loss_it_is_the_ensemble_penalty(backbone):
     anchor, ensemble = anchor_of(backbone), ensemble_of(backbone, beta=7.0)
     config = replace(STILL, penalty=Penalty.COUPLED, alpha=99.0)
-    tau = task_vector(Kind.FULL, backbone.theta_0, seed=3).dense(backbone.theta_0)
-    deltas = {name: torch.nn.Linear(1, 1) for name in tau}
-    found = acting.TrainingPenalty(deltas, anchor, ensemble, config, steps=3).loss(tau)
+    deltas = random_deltas(Kind.LORA, backbone.theta_0, seed=3)
+    tau = {name: delta() for name, delta in deltas.items()}
+    found = acting.TrainingPenalty(deltas, anchor, ensemble, config, steps=3).loss()
     expected = iel_penalty(tau, anchor.weights, ensemble.rest, share=0.25, beta=7.0)
     assert torch.equal(found, expected)
 
