@@ -137,7 +137,7 @@ class Pool:
             weight = theta_0[name]
             own = ((c.task_vector, coefficients[c.client]) for c in holders.get(name, ()))
             change = weighted_sum(own, name, weight)
-            return name, (weight.double() + scale * change).to(weight.dtype)
+            return name, change.mul_(scale).add_(weight).to(weight.dtype)
 
         yield from in_order(composed, sorted(holders if names is None else names))
 
