@@ -15,6 +15,7 @@ SPEAK_FLOWER = {
     ROOT / "fedcompo" / "messages" / "records.py",
     ROOT / "fedcompo" / "engine" / "control.py",
     ROOT / "fedcompo" / "engine" / "in_process.py",
+    ROOT / "fedcompo" / "deployment" / "node.py",
 }
 """The only files of the library that import Flower."""
 

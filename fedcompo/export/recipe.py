@@ -24,6 +24,7 @@ from fedcompo.config.setting import POSITIVE, Check, setting
 from fedcompo.errors import BackboneMismatch, ConfigError, ContributionError
 from fedcompo.method.contribution import Contribution
 from fedcompo.storage.files import CONTENT, FISHER
+from fedcompo.storage.identity import HEADER
 
 MEMBERS, FROM_FILE = "members", "realigned:"
 """What a joint head is made of: the members' statistics, or a file of which the SHA-256 follows."""
@@ -32,7 +33,7 @@ SHA256: Check = (
     "must be a SHA-256, 64 hexadecimal digits",
 )
 HEAD: Check = (
-    lambda value: bool(re.fullmatch(f"{MEMBERS}|{FROM_FILE}[0-9a-f]{{64}}", value)),
+    lambda value: bool(re.fullmatch(f"{MEMBERS}|{FROM_FILE}({HEADER})?[0-9a-f]{{64}}", value)),
     f"must be `{MEMBERS}`, or `{FROM_FILE}` and a SHA-256",
 )
 CAPS = "class-cap", "client-cap"
