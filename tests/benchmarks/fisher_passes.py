@@ -10,10 +10,10 @@ one process, so that their ratio holds on a noisy machine.
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
+from measuring import head, options, parsed, row
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.choices import Curvature
@@ -25,7 +25,7 @@ BATCH = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--backbone", default="embedded")
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--image-size", type=int, default=0)
@@ -33,15 +33,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4, help="labels an example, monte-carlo")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    given = parsed(parser, images=2, rounds=1, classes=[3, 9])
     backbone = load_backbone(
         BackboneConfig(
             backbone=given.backbone, checkpoint=given.checkpoint, image_size=given.image_size
         )
     )
     print(f"{given.images} images\n")
-    print("| classes | curvature | passes a batch | seconds |")
-    print("|---|---|---|---|")
+    head("classes", "curvature", "passes a batch", "seconds", text=2)
     for classes in given.classes:
         seconds: dict[Curvature, list[float]] = {curvature: [] for curvature in Curvature}
         passes: dict[Curvature, float] = {}
@@ -51,7 +50,7 @@ def main() -> None:
             seconds[curvature].append(time.perf_counter() - began)
             passes[curvature] = report.passes / report.batches
         for curvature, taken in seconds.items():
-            print(f"| {classes} | {curvature} | {passes[curvature]:g} | {min(taken):.2f} |")
+            row(classes, curvature, f"{passes[curvature]:g}", f"{min(taken):.2f}")
 
 
 def estimate(
