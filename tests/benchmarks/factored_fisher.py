@@ -11,12 +11,12 @@ the row names. What counts is the penalty: of random changes, and of those that 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 import operator
 
 import torch
+from measuring import head, options, parsed, row
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.config.choices import FisherForm, Kind, Wire
@@ -38,7 +38,7 @@ ROWS = [(form, wire) for form in (FisherForm.DENSE, FisherForm.FACTORED) for wir
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--backbone", default="embedded")
     parser.add_argument("--checkpoint", default="")
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=0, help="0: all")
     parser.add_argument("--images", type=int, default=20, help="a class")
     parser.add_argument("--epochs", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parsed(parser, images=2, epochs=2)
     backbone = load_backbone(
         BackboneConfig(
             backbone=arguments.backbone,
@@ -100,18 +100,15 @@ def print_table(
     """Print one row for each form and wire; the first is the dense Fisher itself."""
     exact = expanded(functools.reduce(operator.add, fishers).sums, backbone.theta_0)
     names = [f"penalty, {name}" for name in taus]
-    print("| form | wire | bytes a client | relative error | cosine | " + " | ".join(names) + " |")
-    print("|" + "---|" * (5 + len(names)))
+    head("form", "wire", "bytes a client", "relative error", "cosine", *names, text=2)
     for form, wire in ROWS:
         sums, size = sent(backbone, fishers, form, wire)
         ratios = [
             float(ita_penalty(tau, sums, 1.0) / ita_penalty(tau, exact, 1.0))
             for tau in taus.values()
         ]
-        print(
-            f"| {form} | {wire} | {size:,} | {relative_error(exact, sums):.2%} | "
-            f"{cosine(exact, sums):.4f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |"
-        )
+        apart = f"{relative_error(exact, sums):.2%}", f"{cosine(exact, sums):.4f}"
+        row(form, wire, f"{size:,}", *apart, *(f"{ratio:.3f}" for ratio in ratios))
 
 
 def sent(

@@ -12,9 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import head, options, parsed, row, run
 from PIL import Image
 
 SIZE = 224
@@ -98,16 +96,10 @@ def read_all(client: Path, cache: Path) -> dict[str, float]:
     }
 
 
-def child(client: Path, cache: Path, threads: int) -> dict[str, float]:
+def child(client: Path, cache: Path, threads: int, *, here: bool) -> dict[str, float]:
     """Read a folder in another process that may use so many CPUs."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--read", str(client), "--cache", str(cache)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    words = __file__, "--read", client, "--cache", cache
+    return run(*words, here=here, OMP_NUM_THREADS=str(threads)).told
 
 
 def rate(work: Callable[[bytes], Any], contents: list[bytes], threads: int) -> float:
@@ -124,7 +116,9 @@ def bare(content: bytes) -> None:
     Image.open(io.BytesIO(content)).load()
 
 
-def table_of_folders(counts: list[int], threads: list[int], side: int, work: Path) -> None:
+def table_of_folders(
+    counts: list[int], threads: list[int], side: int, work: Path, *, here: bool
+) -> None:
     """Print a line for each number of images and of threads."""
     distinct = [picture(seed, side, side) for seed in range(min([200, *counts]))]
     limits = {n: rate(bare, distinct * 10, n) for n in threads}
@@ -134,19 +128,20 @@ def table_of_folders(counts: list[int], threads: list[int], side: int, work: Pat
     )
     columns = ["images", "threads", "cold s", "images/s", "again s", "a pass s", "images/s"]
     columns += ["peak MiB, cold", "of it anonymous", "anonymous before", "again: anonymous"]
-    print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    print()
+    head(*columns)
     for count in counts:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             client = make_folder(Path(folder), distinct, count)
             for n in threads:
                 with tempfile.TemporaryDirectory(dir=work) as cache:
-                    cold, again = (child(client, Path(cache), n) for _ in range(2))
+                    cold, again = (child(client, Path(cache), n, here=here) for _ in range(2))
                 cells = [f"{count:,}", n, f"{cold['load']:.1f}", f"{count / cold['load']:,.0f}"]
                 cells += [f"{again['load']:.1f}", f"{again['pass']:.1f}"]
                 cells += [f"{count / again['pass']:,.0f}"]
                 memory = cold["resident"], cold["anonymous"], cold["before"], again["anonymous"]
                 cells += [f"{value / 2**20:,.0f}" for value in memory]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+                row(*cells)
 
 
 def table_of_photographs(threads: list[int], count: int) -> None:
@@ -157,17 +152,17 @@ def table_of_photographs(threads: list[int], count: int) -> None:
 
     seen = Preprocessing(SIZE, 3, (0.5,) * 3, (0.5,) * 3, crop_fraction=0.9)
     contents = [picture(seed, 4032, 3024) for seed in range(2)] * max(1, count // 2)
-    print("\n4032 x 3024, images a second:\n\n| threads | Pillow alone | whole | reduced |")
-    print("|---|---|---|---|")
+    print("\n4032 x 3024, images a second:\n")
+    head("threads", "Pillow alone", "whole", "reduced")
     ways = bare, lambda c: seen.resize(Image.open(io.BytesIO(c))), lambda c: picture_of(c, seen)
     with one_thread():
         for n in threads:
-            print(f"| {n} | " + " | ".join(f"{rate(way, contents, n):.1f}" for way in ways) + " |")
+            row(n, *(f"{rate(way, contents, n):.1f}" for way in ways))
 
 
 def main() -> None:
     """Measure, print, and leave nothing."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--counts", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--side", type=int, default=256)
@@ -175,12 +170,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parsed(parser, counts=[10, 20], side=64, photographs=0)
     if given.read:
         print(json.dumps(read_all(given.read, given.cache)))
         return
     if given.counts:
-        table_of_folders(given.counts, given.threads, given.side, given.folder)
+        table_of_folders(given.counts, given.threads, given.side, given.folder, here=given.toy)
     if given.photographs:
         table_of_photographs(given.threads, given.photographs)
 

@@ -1,13 +1,16 @@
-"""Two fine-tuned models merged by fedcompo, by mergekit and by PEFT: seconds, memory, weights.
+"""Fine-tuned models merged by fedcompo, a plain mean, mergekit and PEFT: seconds, memory, weights.
 
     python tests/benchmarks/merging_tools.py --mergekit ~/mergekit/bin/python
+    python tests/benchmarks/merging_tools.py --backbone vit_base_patch16_224 --rules mean \
+        --checkpoints 16 --adapters 64 --mergekit ~/mergekit/bin/python
     python tests/benchmarks/merging_tools.py --backbone deit_tiny_patch16_224 --base deit.pt \
         --checkpoints one.safetensors two.safetensors --adapters one-lora two-lora
 
-Without files, the models are random: θ₀, and changes of it by the order of 1e-3. Each merge is a
-command in a process of its own, from files to a file. The commands take turns; the table holds
-medians. mergekit has dependencies of its own, so that its interpreter is named; without it, its
-rows are left out. fedcompo merges the target weights, so that these are what is compared; a
+A number instead of files asks for so many random models: theta_0, changed by the order of 1e-3.
+Each merge is a command in a process of its own, from files to a file; the commands take turns.
+*torch mean* loads the task vectors that fedcompo reads, by safetensors, and writes theta_0 + their
+mean, unchecked. mergekit has dependencies of its own, so that its interpreter is named; without it,
+its rows are left out. fedcompo merges the target weights, so that these are what is compared; a
 random rule (DARE) draws elsewhere in each tool: of its rows, read the time alone.
 """
 
@@ -15,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
+import shutil
 import sys
 import tempfile
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,57 +29,51 @@ import peft
 import timm
 import torch
 import yaml
+from measuring import Taken, head, middle, options, parsed, row, run
+from registry_workload import _fisher
 from safetensors.torch import load_file, save_file
 
 from fedcompo.backbone.adapter import read_adapter
 from fedcompo.backbone.backbone import Backbone, load_backbone
 from fedcompo.backbone.finetuned import read_finetuned
+from fedcompo.composition.rules.parsing import RULES
 from fedcompo.config.run import BackboneConfig
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.heads import Head
 from fedcompo.method.lineage import Lineage
 from fedcompo.method.statistics import FeatureSums
-from fedcompo.storage.files import WEIGHTS
+from fedcompo.storage.files import CONTENT
 
-MERGES = {
-    "mean": (("linear", {"weight": 0.5}), ("cat", [0.5, 0.5], None)),
-    "task-arithmetic:lambda=0.7": (
-        ("task_arithmetic", {"weight": 1, "lambda": 0.7}),
-        ("cat", [0.7, 0.7], None),
-    ),
-    "ties:density=0.2": (
-        ("ties", {"weight": 1, "density": 0.2}),
-        ("ties_svd", [1.0, 1.0], 0.2),
-    ),
-    "dare:drop=0.8": (
-        ("dare_linear", {"weight": 0.5, "density": 0.2}),
-        ("dare_linear_svd", [0.5, 0.5], 0.2),
-    ),
-    "iso-c": (None, None),
-    "tsv-m": (None, None),
+MERGEKIT = {
+    "mean": ("linear", {"weight": 1}),
+    "task-arithmetic": ("task_arithmetic", {"weight": 1, "lambda": 0.7}),
+    "ties": ("ties", {"weight": 1, "density": 0.2}),
+    "dare": ("dare_linear", {"weight": 0.5, "density": 0.2}),
 }
-"""By fedcompo's rule: mergekit's method with its parameters; PEFT's with weights and density."""
+"""Method and parameters by fedcompo's rule."""
+PEFT = {
+    "mean": ("cat", None, None),
+    "task-arithmetic": ("cat", 0.7, None),
+    "ties": ("ties_svd", 1.0, 0.2),
+    "dare": ("dare_linear_svd", None, 0.2),
+}
+"""Combination, weight of each adapter (default: one by their number), density."""
+PARAMETERS = {"task-arithmetic": ":lambda=0.7", "ties": ":density=0.2", "dare": ":drop=0.8"}
+UNSCALED = {"task-arithmetic", "norm-preserving"}
 COLUMNS = (
-    "| models | rule | by | seconds | peak memory, MB | largest difference | entries that differ |"
+    *("models", "rule", "by", "seconds", "CPU s", "peak MB"),
+    *("seconds / torch mean's", "CPU", "peak", "largest difference", "entries that differ"),
 )
-LAUNCHER = """
-import json, os, subprocess, sys, time
-began = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-text = process.stdout.read().decode(errors="replace")
-_, status, used = os.wait4(process.pid, 0)
-seconds = time.perf_counter() - began
-print(json.dumps([status, seconds, used.ru_maxrss / 1e3, text[-3000:]]))
-"""
-"""A small process between, since the peak of a child is at least the peak of who started it."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+OTHERS = Path(__file__).with_name("merges_of_others.py")
 
 
 @dataclass(frozen=True)
 class Models:
-    """Two models and where they come from."""
+    """Models and where they come from."""
 
     base: Path
-    """θ₀, a checkpoint of timm."""
+    """theta_0, a checkpoint of timm."""
     backbone: str
     """timm's name."""
     sources: tuple[Path, ...]
@@ -92,91 +87,84 @@ class Models:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--backbone", default="vit_tiny_patch16_224", help="timm's name")
     parser.add_argument("--base", type=Path, help="pre-trained weights; default: random")
-    parser.add_argument("--checkpoints", type=Path, nargs=2, help="default: random")
-    parser.add_argument("--adapters", type=Path, nargs=2, help="default: random, of rank 16")
+    parser.add_argument("--checkpoints", nargs="+", default=["2"], help="files, or a number")
+    parser.add_argument("--adapters", nargs="+", default=["2"], help="rank 16; 0: none")
     parser.add_argument("--mergekit", type=Path, help="interpreter that has mergekit")
-    parser.add_argument("--rules", nargs="+", choices=MERGES, default=list(MERGES))
-    parser.add_argument("--only", choices=("checkpoints", "adapters"))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    parser.add_argument("--folder", help="where to work; 16 checkpoints of ViT-B: 12 GB")
+    given = parsed(parser, backbone="test_vit", rules=["mean", "regmean"], repeats=1)
     if given.mergekit is None:
         print("Without mergekit: name an interpreter that has it with --mergekit.\n")
-    print(f"{COLUMNS}\n|---|---|---|--:|--:|--:|--:|")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = given.base or random_base(folder, given.backbone)
-        backbone = load_backbone(BackboneConfig(backbone=given.backbone, checkpoint=str(base)))
-        for what in ("checkpoints", "adapters"):
-            if given.only in (None, what):
-                make = random_checkpoints if what == "checkpoints" else random_adapters
-                sources = tuple(getattr(given, what) or make(folder, given.backbone, base))
-                models = imported(folder, backbone, given.backbone, base, sources)
-                compare(folder, models, given.rules, given.mergekit, given.repeats)
+    head(*COLUMNS, text=3)
+    for what in (given.checkpoints, given.adapters):
+        if what == ["0"]:
+            continue
+        with tempfile.TemporaryDirectory(dir=given.folder) as name:
+            folder = Path(name)
+            base = given.base or random_base(folder, given.backbone)
+            backbone = load_backbone(BackboneConfig(backbone=given.backbone, checkpoint=str(base)))
+            sources: Iterable[Path] = map(Path, what)
+            if what[0].isdigit():
+                make = random_checkpoints if what is given.checkpoints else random_adapters
+                sources = make(folder, given.backbone, base, int(what[0]))
+            models = imported(folder, backbone, given.backbone, base, sources)
+            compare(folder, models, given)
 
 
-def compare(
-    folder: Path, models: Models, rules: list[str], mergekit: Path | None, repeats: int
-) -> None:
+def compare(folder: Path, models: Models, given: argparse.Namespace) -> None:
     """Merge the models by each rule with each tool, in turns; print a row each."""
-    for rule in rules:
-        theirs, of_peft = MERGES[rule]
-        commands = {"fedcompo": fedcompo(models, rule)}
-        if theirs and mergekit and not models.adapters:
-            commands["mergekit"] = with_mergekit(folder, models, mergekit, *theirs)
-        if of_peft and models.adapters:
-            commands["PEFT"] = with_peft(models, *of_peft)
-        taken = defaultdict(list)
-        for turn in range(repeats):
+    what = f"{len(models.sources)} {'adapters' if models.adapters else 'checkpoints'}"
+    for rule in given.rules:
+        commands = {"fedcompo": fedcompo(models, rule), "torch mean": torch_mean(models)}
+        if rule in PEFT and models.adapters:
+            commands["PEFT"] = with_peft(models, *PEFT[rule])
+        if rule in MERGEKIT and given.mergekit and not models.adapters:
+            commands["mergekit"] = with_mergekit(folder, models, *MERGEKIT[rule])
+        taken: dict[str, list[Taken]] = {tool: [] for tool in commands}
+        for _ in range(given.repeats):
             for tool, command in commands.items():
-                output = folder / f"{turn}-{models.adapters}-{rule.partition(':')[0]}-{tool}"
-                taken[tool].append((*timed([*command, str(output)]), output))
-        ours = taken["fedcompo"][-1][-1]
-        for tool, found in taken.items():
-            seconds, peaks, outputs = zip(*found, strict=True)
-            cells = ["adapters" if models.adapters else "checkpoints", rule, tool]
-            cells += [f"{statistics.median(seconds):.2f}", f"{statistics.median(peaks):.0f}"]
-            cells += ["", ""] if tool == "fedcompo" else differences(ours, outputs[-1])
-            print(f"| {' | '.join(cells)} |", flush=True)
+                shutil.rmtree(folder / tool, ignore_errors=True)
+                python = given.mergekit if tool == "mergekit" else sys.executable
+                words, here = [*command, folder / tool], given.toy and tool != "mergekit"
+                taken[tool].append(run(*words, here=here, python=python, **OFFLINE))
+        medians = {tool: middle(some) for tool, some in taken.items()}
+        of_mean = medians["torch mean"]
+        for tool, found in medians.items():
+            ratios = (f"{own / other:.2f}" for own, other in zip(found, of_mean, strict=True))
+            alike = tool != "fedcompo" and (tool != "torch mean" or rule == "mean")
+            apart = differences(folder / "fedcompo", folder / tool) if alike else ("", "")
+            row(what, rule, tool, *(f"{value:.1f}" for value in found), *ratios, *apart)
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Run a command; return its seconds and the peak of its memory, MB."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    launcher = [sys.executable, "-S", "-c", LAUNCHER]
-    found = subprocess.run(
-        [*launcher, *command], env=environment, capture_output=True, text=True, check=True
-    )
-    status, seconds, peak, text = json.loads(found.stdout)
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{text}")
-    return seconds, peak
-
-
-def differences(ours: Path, theirs: Path) -> list[str]:
+def differences(ours: Path, theirs: Path) -> tuple[str, str]:
     """The largest of the target weights, and in how many entries they are apart by 1e-6 or more."""
     one, other = (load_file(next(path.glob("*.safetensors"))) for path in (ours, theirs))
     names = [n for n in one if (".attn." in n or ".mlp." in n) and n.endswith(".weight")]
     apart = torch.cat([(one[n] - other[n]).abs().flatten() for n in names])
-    return [f"{float(apart.max()):.1e}", f"{int((apart > 1e-6).sum()):,} of {len(apart):,}"]
+    return f"{float(apart.max()):.1e}", f"{int((apart > 1e-6).sum()):,} of {len(apart):,}"
 
 
-# -- the three tools ------------------------------------------------------------------------------
+# -- the tools' commands, to which the output is added --------------------------------------------
 
 
-def fedcompo(models: Models, rule: str) -> list[str]:
-    scale = [] if rule.startswith("task-arithmetic") else ["--scale", "1"]
-    folders = [str(folder) for folder in models.contributions]
-    checkpoint = ["--checkpoint", str(models.base)]
-    start = [sys.executable, "-m", "fedcompo.cli", "compose", *folders, *checkpoint]
-    return [*start, "--rule", rule, *scale, "--output"]
+def fedcompo(models: Models, rule: str) -> list[object]:
+    scale = [] if rule in UNSCALED else ["--scale", "1"]
+    start = ["-m", "fedcompo.cli", "compose", *models.contributions, "--checkpoint", models.base]
+    return [*start, "--rule", rule + PARAMETERS.get(rule, ""), *scale, "--output"]
+
+
+def torch_mean(models: Models) -> list[object]:
+    vectors = [str(folder / CONTENT) for folder in models.contributions]
+    return [OTHERS, "mean", json.dumps({"base": str(models.base), "vectors": vectors})]
 
 
 def with_mergekit(
-    folder: Path, models: Models, python: Path, method: str, parameters: dict[str, float]
-) -> list[str]:
+    folder: Path, models: Models, method: str, parameters: dict[str, float]
+) -> list[object]:
     both = {key: parameters[key] for key in ("weight", "density") if key in parameters}
     config = {
         "merge_method": method,
@@ -189,82 +177,55 @@ def with_mergekit(
     file = folder / f"{method}.yaml"
     file.write_text(yaml.safe_dump(config))
     command = "from mergekit.scripts.merge_raw_pytorch import main; main()"
-    return [str(python), "-c", command, "--quiet", "--tensor-intersection", str(file)]
+    return ["-c", command, "--quiet", "--tensor-intersection", file]
 
 
 def with_peft(
-    models: Models, combination: str, weights: list[float], density: float | None
-) -> list[str]:
+    models: Models, way: str, weight: float | None, density: float | None
+) -> list[object]:
     adapters = [str(path) for path in models.sources]
-    request = [models.backbone, str(models.base), adapters, combination, weights, density]
-    return [sys.executable, __file__, "--peft", json.dumps(request)]
-
-
-def merge_with_peft(request: str, output: str) -> None:
-    """Load a model and its adapters, merge these, then into the weights; save the model."""
-    backbone, base, adapters, combination, weights, density = json.loads(request)
-    model = base_model(backbone, Path(base))
-    width = model.num_features
-    tuned = peft.PeftModel.from_pretrained(model, adapters[0], "0")
-    tuned.load_adapter(adapters[1], "1")
-    tuned.add_weighted_adapter(
-        ["0", "1"],
-        weights,
-        "merged",
-        combination_type=combination,
-        density=density,
-        svd_rank=width if combination.endswith("svd") else None,  # all: nothing is cut off
-    )
-    tuned.set_adapter("merged")
-    Path(output).mkdir()
-    save_file(tuned.merge_and_unload().state_dict(), Path(output) / WEIGHTS)
+    request = {"backbone": models.backbone, "base": str(models.base), "adapters": adapters}
+    request |= {"way": way, "weight": weight or 1 / len(adapters), "density": density}
+    return [OTHERS, "peft", json.dumps(request)]
 
 
 # -- the models -----------------------------------------------------------------------------------
 
 
-def base_model(name: str, base: Path) -> torch.nn.Module:
-    state = load_file(base)
-    classes = len(state["head.bias"]) if "head.bias" in state else 0
-    model = timm.create_model(name, num_classes=classes)
-    model.load_state_dict({key: value.float() for key, value in state.items()})
-    return model
-
-
 def random_base(folder: Path, name: str) -> Path:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0)
-    save_file(model.state_dict(), folder / "base.safetensors")
+    save_file(timm.create_model(name, num_classes=0).state_dict(), folder / "base.safetensors")
     return folder / "base.safetensors"
 
 
-def random_checkpoints(folder: Path, name: str, base: Path) -> list[Path]:
-    paths = [folder / f"{i}.safetensors" for i in range(2)]
-    for i, path in enumerate(paths):
-        draws = torch.Generator().manual_seed(i)
-        state = load_file(base)
+def random_checkpoints(folder: Path, name: str, base: Path, count: int) -> Iterator[Path]:
+    for i in range(count):
+        draws, state = torch.Generator().manual_seed(i), load_file(base)
         for key, value in state.items():
             if "blocks" in key and value.ndim == 2:
                 value.add_(torch.randn(value.shape, generator=draws), alpha=1e-3)
-        save_file(state, path)
-    return paths
+        save_file(state, folder / f"{i}.safetensors")
+        yield folder / f"{i}.safetensors"
 
 
-def random_adapters(folder: Path, name: str, base: Path) -> list[Path]:
+def random_adapters(folder: Path, name: str, base: Path, count: int) -> Iterator[Path]:
     layers = r".*(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)"
     config = peft.LoraConfig(r=16, target_modules=layers, init_lora_weights=False)
-    paths = [folder / f"{i}-lora" for i in range(2)]
-    for path in paths:
-        model = timm.create_model(name, num_classes=0)
-        peft.get_peft_model(model, config).save_pretrained(path)
-    return paths
+    tuned = peft.get_peft_model(timm.create_model(name, num_classes=0), config)
+    for i in range(count):
+        torch.manual_seed(i)
+        for key, value in tuned.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(value, std=1e-2)
+        tuned.save_pretrained(folder / f"{i}-lora")
+        yield folder / f"{i}-lora"
 
 
 def imported(
-    folder: Path, backbone: Backbone, name: str, base: Path, sources: tuple[Path, ...]
+    folder: Path, backbone: Backbone, name: str, base: Path, sources: Iterable[Path]
 ) -> Models:
-    """Make contributions of sources, with heads and statistics that are random."""
-    contributions = []
+    """Make contributions of sources; their heads, statistics and Fishers are made up."""
+    known, contributions = [], []
     for i, source in enumerate(sources):
         found = (read_adapter if source.is_dir() else read_finetuned)(source, backbone)
         draws = torch.Generator().manual_seed(i)
@@ -278,14 +239,13 @@ def imported(
             num_examples=64,
             lineage=Lineage(),
             settings={"backbone": name, "statistics": "sums"},
+            fisher=_fisher(backbone, 64),
         )
-        contributions.append(folder / f"{source.stem}-{found.task_vector.kind}-{i}")
+        known.append(source)
+        contributions.append(folder / f"client-{i}")
         contribution.save(contributions[-1])
-    return Models(base, name, sources, tuple(contributions))
+    return Models(base, name, tuple(known), tuple(contributions))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peft"]:
-        merge_with_peft(*sys.argv[2:])
-    else:
-        main()
+    main()

@@ -1,4 +1,4 @@
-"""What ``registry_operations.py`` measures: operations on a registry, and what they are held to.
+"""What ``registry_operations.py`` measures: operations on a registry of random members.
 
 Each is a function of a :class:`Job`, which says where and how large; :data:`OPERATIONS` names them.
 """
@@ -6,18 +6,12 @@ Each is a function of a :class:`Job`, which says where and how large; :data:`OPE
 from __future__ import annotations
 
 import functools
-import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
 from fedcompo.backbone.preprocessing import Preprocessing
@@ -36,9 +30,8 @@ from fedcompo.method.statistics import FeatureSums
 from fedcompo.method.task_vector import TaskVector
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.transaction import MODEL
-from fedcompo.storage.files import BACKBONE, CONTENT, SUM, WEIGHTS
+from fedcompo.storage.files import BACKBONE, CONTENT, SUM
 from fedcompo.storage.tensorfile import tensor_digest
-from fedcompo.storage.tensorstream import StreamedTensors
 
 EMBEDDED = "embedded"
 """The backbone that fedcompo brings along; its LoRAs are small, so that thousands are soon made."""
@@ -129,40 +122,7 @@ def compose(job: Job) -> None:
     write_model(job.output, registry.backbone, changed, head_of(pool, settings))
 
 
-def load_file_mean(job: Job) -> None:
-    """The same weights by safetensors and torch; nothing is checked, a model is in memory."""
-    vectors = [load_file(path) for path in job.contributions]
-    _save_mean(job, [vector.__getitem__ for vector in vectors])
-
-
-def safe_open_mean(job: Job) -> None:
-    """The same, but tensors of the task vectors are loaded one at a time."""
-    with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(p, framework="pt")) for p in job.contributions]
-        _save_mean(job, [file.get_tensor for file in files])
-
-
-def _save_mean(job: Job, vectors: list[Callable[[str], Tensor]]) -> None:
-    """Write θ₀ + the mean of the task vectors, in float32, to disk."""
-    theta = load_file(job.registry / BACKBONE)
-    for weight in _targets(job):
-        theta[weight] += sum(_dense(job, tensor, weight) for tensor in vectors) / len(vectors)
-    save_file(theta, job.output / WEIGHTS)
-    with (job.output / WEIGHTS).open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _dense(job: Job, tensor: Callable[[str], Tensor], weight: str) -> Tensor:
-    parts = ("B", "A") if job.kind == Kind.LORA else ("delta",)
-    first, *others = (tensor(f"task_vector/{weight}/{part}") for part in parts)
-    return first @ others[0] if others else first
-
-
-def _targets(job: Job) -> tuple[str, ...]:
-    return tuple(StreamedTensors(job.registry / BACKBONE).manifest["target_weights"])
-
-
-# -- what comes before and after ------------------------------------------------------------------
+# -- what comes before ----------------------------------------------------------------------------
 
 
 def fill(job: Job) -> None:
@@ -185,22 +145,7 @@ def fill(job: Job) -> None:
     _contribution(job, backbone, job.members - 1).save(job.newcomer)
 
 
-def compare(job: Job) -> None:
-    """Hold the compositions against each other; raises ``AssertionError`` if they differ."""
-    ours = StreamedTensors(Path(job.folder) / compose.__name__ / WEIGHTS)
-    for operation in (load_file_mean, safe_open_mean):
-        theirs = load_file(Path(job.folder) / operation.__name__ / WEIGHTS)
-        for weight in _targets(job):
-            torch.testing.assert_close(theirs[weight], ours[weight], rtol=1e-5, atol=1e-6)
-
-
-OPERATIONS = {
-    operation.__name__: operation
-    for operation in (
-        *(nothing, add, remove, compose, load_file_mean, safe_open_mean),
-        *(fill, compare),
-    )
-}
+OPERATIONS = {operation.__name__: operation for operation in (nothing, add, remove, compose, fill)}
 
 
 def _backbone(scale: str) -> Backbone:

@@ -13,26 +13,28 @@ adapted weights have.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import measuring
 import numpy as np
 import torch
+from measuring import head, options, parsed, row
 from registry_workload import RANK
-from server_memory_clients import ARCHITECTURES, NUM_EXAMPLES, checkpoint
+from server_memory_clients import ARCHITECTURES, NUM_EXAMPLES, Clients, checkpoint
 
 from fedcompo.runtime import peak_bytes, reset_peak
 
-MEGABYTE = 1e6
+FEDAVG = 16
+"""Clients at most; it holds them all."""
 
 
 @dataclass(frozen=True)
@@ -51,51 +53,37 @@ class Job:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--kind", nargs="+", choices=("full", "lora"), default=("lora", "full"))
-    parser.add_argument("--clients", nargs="+", type=int, default=(2, 8, 32))
+    parser.add_argument("--clients", nargs="+", type=int, default=(2, 8))
     parser.add_argument("--scale", choices=tuple(ARCHITECTURES), default="vit-b")
     parser.add_argument("--folder", help="where to work; full, 32 clients: 45 GB")
-    parser.add_argument("--fedavg-up-to", type=int, default=16, help="clients; it holds them all")
-    parser.add_argument("--json", type=Path, help="file for the same figures")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--job", help="what one process does")
+    arguments = parsed(parser, kind=["lora"], clients=[2], scale="tiny")
     if arguments.job:
         print(json.dumps(asdict(measure(Job(**json.loads(arguments.job))))))
         return
-    rows = []
-    print("| kind | clients | server | seconds | peak MB | above a server that does nothing, MB |")
-    print("|---|--:|---|--:|--:|--:|")
+    head(
+        "kind", "clients", "server", "seconds", "peak MB", "more than one that does nothing", text=3
+    )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         base = run(Job("nothing", "lora", 0, arguments.scale, folder))
         for kind in arguments.kind:
             for clients in sorted(arguments.clients):
                 for what in ("ita", "fedavg"):
-                    if what == "fedavg" and clients > arguments.fedavg_up_to:
+                    if what == "fedavg" and clients > FEDAVG:
                         continue
                     found = run(Job(what, kind, clients, arguments.scale, folder))
-                    rows.append(asdict(found))
-                    peak, more = found.peaks["run"], found.peaks["run"] - base.peaks["run"]
-                    print(
-                        f"| {kind} | {clients} | {'ITA' if what == 'ita' else 'FedAvg'} "
-                        f"| {found.seconds:.0f} | {peak / MEGABYTE:.0f} | {more / MEGABYTE:.0f} |",
-                        flush=True,
-                    )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+                    peaks = (found.peaks["run"], found.peaks["run"] - base.peaks["run"])
+                    name = "ITA" if what == "ita" else "FedAvg"
+                    megabytes = (f"{peak / 1e6:.0f}" for peak in peaks)
+                    row(kind, clients, name, f"{found.seconds:.0f}", *megabytes)
 
 
 def run(job: Job) -> Job:
     """Run a job in a process of its own."""
-    command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(project())}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return Job(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def project() -> Path:
-    """The checkout, with the apps."""
-    return Path(__file__).resolve().parents[2]
+    words = __file__, "--job", json.dumps(asdict(job))
+    return Job(**measuring.run(*words, here=job.scale == "tiny", OMP_NUM_THREADS="1").told)
 
 
 def measure(job: Job) -> Job:
@@ -179,33 +167,29 @@ JOBS: dict[str, Callable[[Job, Path], dict[str, int]]] = {
 }
 
 
-class answering:  # noqa: N801 - used as a context
-    """The process that makes answers up; a call returns the file of one."""
+@contextmanager
+def answering(job: Job, work: Path) -> Iterator[Callable[[str, int], Path]]:
+    """Start the process that makes answers up; yields a function that returns the file of one."""
+    about = {"scale": job.scale, "kind": job.kind, "folder": job.folder, "work": str(work)}
+    about = {**about, "clients": job.clients}
+    if job.scale == "tiny":
+        yield Clients(about).answer
+        return
+    script = Path(__file__).with_name("server_memory_clients.py")
+    with subprocess.Popen(
+        [sys.executable, script, json.dumps(about)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
 
-    def __init__(self, job: Job, work: Path) -> None:
-        script = Path(__file__).with_name("server_memory_clients.py")
-        about = {"scale": job.scale, "kind": job.kind, "folder": job.folder, "work": str(work)}
-        self._process = subprocess.Popen(
-            [sys.executable, script, json.dumps({**about, "clients": job.clients})],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(project())},
-        )
+        def answer(message: str, client: int) -> Path:
+            assert process.stdin
+            assert process.stdout
+            print(json.dumps([message, client]), file=process.stdin, flush=True)
+            return Path(process.stdout.readline().strip())
 
-    def __enter__(self) -> Callable[[str, int], Path]:
-        return self._answer
-
-    def __exit__(self, *exception: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _answer(self, message: str, client: int) -> Path:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps([message, client]), file=self._process.stdin, flush=True)
-        return Path(self._process.stdout.readline().strip())
+        yield answer
 
 
 def grid_of(clients: int, answer: Callable[[str, int], Path], *, packed: bool):

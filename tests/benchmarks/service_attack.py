@@ -10,7 +10,6 @@ in the end. Members may compose here, which is harder on the service than its de
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import options, parsed
 from registry_workload import Job, _backbone, _contribution
 from service_load import MEGABYTE, Load, serving, summary, timed
 
@@ -46,19 +46,26 @@ from fedcompo.service.client import Client
 HERE = Path(__file__).resolve().parent
 HONEST = ("honest-0", "honest-1", "honest-2")
 OPERATOR = "olga"
+CALLS = {"list", "fetch", "publish", "compose", "operator lists", "operator composes"}
 SECONDS = 120.0
 """What an honest call may take."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--seconds", type=float, default=120.0, help="how long the attack lasts")
     parser.add_argument("--quiet", type=float, default=20.0, help="how long the peace before")
     parser.add_argument("--hostile", type=int, default=16)
     parser.add_argument("--backbone", default="vit-ti", help="vit-ti, or tiny")
-    arguments = parser.parse_args()
+    arguments = parsed(parser, seconds=0.5, quiet=0.0, hostile=2, backbone="tiny")
     with tempfile.TemporaryDirectory() as folder:
-        figures = attack(Path(folder), **vars(arguments))
+        figures = attack(
+            Path(folder),
+            seconds=arguments.seconds,
+            quiet=arguments.quiet,
+            hostile=arguments.hostile,
+            backbone=arguments.backbone,
+        )
     print(report(figures))
 
 
@@ -90,6 +97,7 @@ def attack(
     assert "honest-2" not in registry.clients
     failed = [finding for finding in verify_registry(registry.path) if finding.holds is False]
     assert not failed, failed
+    assert set(figures["attack"]) == {*CALLS, "leave"}, figures["attack"]
     figures["log"] = outcomes(folder / "log")
     return figures
 

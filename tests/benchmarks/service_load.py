@@ -10,8 +10,7 @@ left before it was asked for, or if the registry does not verify at the end. Lin
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
 import random
 import shutil
 import subprocess
@@ -25,18 +24,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[1] / "helpers")
-)  # the pico models of the tests
-
+from measuring import head, options, parsed, row
 from registry_builders import member, registry_of
 
 from fedcompo.config.choices import Kind
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry
+from fedcompo.service.access import Audience
 from fedcompo.service.authority import Authority
 from fedcompo.service.certificates import Credential
 from fedcompo.service.client import Client
+from fedcompo.service.limits import Limits
+from fedcompo.service.server import Server, Settings
 
 KINDS = (Kind.LORA, Kind.FULL, Kind.IA3)
 SECONDS = 600.0
@@ -69,16 +68,16 @@ def name(index: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = options(__doc__)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="models that each client asks for")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    arguments = parser.parse_args()
+    arguments = parsed(parser, clients=8, rounds=2)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         load = Load(Path(folder), arguments.clients, arguments.rounds)
         registry = registry_of(load.folder / "registry", contribution(0))
-        with serving(load, registry, "--compose", "members", "--least", "1") as (address, resident):
+        serve = serving_here if arguments.toy else serving
+        with serve(load, registry, "--compose", "members", "--least", "1") as (address, resident):
             before = resident()
             took = run(load, address)
             peak = resident()
@@ -91,8 +90,6 @@ def main() -> None:
         "calls": {what: summary(seconds) for what, seconds in load.seconds.items()},
     }
     report(figures)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def contribution(index: int):
@@ -155,6 +152,8 @@ def timed(load: Load, what: str, call: Callable):
 
 def check(load: Load, registry: Registry) -> None:
     """Everybody is in but the one who left, every byte is right, and nothing is left beside."""
+    done, others = {what: len(times) for what, times in load.seconds.items()}, load.clients - 1
+    assert done == {"publish": others, "compose": others * load.rounds, "remove": 1}, done
     registry.refresh()
     assert registry.clients == tuple(name(i) for i in range(1, load.clients))
     failed = [finding for finding in verify_registry(registry.path) if not finding.holds]
@@ -190,6 +189,24 @@ def serving(
             assert service.wait(60) == 0
 
 
+@contextmanager
+def serving_here(
+    load: Load, registry: Registry, *options: str
+) -> Iterator[tuple[str, Callable[[], int]]]:
+    """The same in this process, with the same options."""
+    settings = Settings(
+        registry.path,
+        load.authority.credential.certificate,
+        load.authority.issue_server(["localhost"]),
+        port=0,
+        audience=Audience.MEMBERS,
+        least=1,
+        limits=Limits(grace=5.0),
+    )
+    with Server(settings) as server:
+        yield f"localhost:{server.port}", lambda: peak_resident(os.getpid())
+
+
 def peak_resident(process: int) -> int:
     """Bytes of memory that a process has had at most."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
@@ -204,9 +221,9 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 def report(figures: dict) -> None:
     print(f"{figures['clients']} clients, {figures['seconds']:.1f} s, no error, all verified")
-    print("| call | n | median s | longest s |\n|---|---|---|---|")
+    head("call", "n", "median s", "longest s")
     for what, found in sorted(figures["calls"].items()):
-        print(f"| {what} | {found['count']} | {found['median']:.2f} | {found['longest']:.2f} |")
+        row(what, found["count"], f"{found['median']:.2f}", f"{found['longest']:.2f}")
     before, peak = (figures[f"resident_{moment}"] / MEGABYTE for moment in ("before", "peak"))
     print(f"Memory of the service: {before:.0f} MB before, {peak:.0f} MB at most")
 

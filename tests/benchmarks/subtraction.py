@@ -12,8 +12,8 @@ batch. They are means over clients, then mean and standard deviation over regist
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cli_runs import CLASSES
+from measuring import head, options, parsed, row, run
+from registry_builders import member, registry_of
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
@@ -64,26 +67,36 @@ class Client:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    parser.add_argument("registries", nargs="+", type=Path, help="of LoRAs; they stay as they are")
+    parser = options(__doc__)
+    parser.add_argument("registries", nargs="*", type=Path, help="of LoRAs; default: of digits")
     parser.add_argument("--data", help="images; default: those that the clients were trained on")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--clients", type=int, help="so many of each registry leave first; all")
-    given = parser.parse_args()
+    given = parsed(parser, data="digits", batches=[1, 2])
     torch.set_num_threads(1)
     found: Figures = defaultdict(list)
-    for path in given.registries:
-        own: Figures = defaultdict(list)
-        with torch.no_grad():
-            Attack(Registry(path), given.data, own).run(given.batches, given.clients)
-        for key, values in own.items():
-            found[key].append(statistics.fmean(values))
+    with tempfile.TemporaryDirectory() as folder:
+        for path in given.registries or [made_up(Path(folder), toy=given.toy)]:
+            own: Figures = defaultdict(list)
+            with torch.no_grad():
+                Attack(Registry(path), given.data, own).run(given.batches, given.clients)
+            for key, values in own.items():
+                found[key].append(statistics.fmean(values))
     for table, columns in TABLES.items():
-        print(f"\n| {table} | removed at once | {' | '.join(columns)} |")
-        print(f"|---|--:|{'--:|' * len(columns)}")
-        for row in dict.fromkeys(key[1:3] for key in found if key[0] == table):
-            cells = (shown(found.get((table, *row, column), [])) for column in columns)
-            print(f"| {' | '.join([*row, *cells])} |")
+        print()
+        head(table, "removed at once", *columns)
+        for about in dict.fromkeys(key[1:3] for key in found if key[0] == table):
+            row(*about, *(shown(found.get((table, *about, column), [])) for column in columns))
+
+
+def made_up(folder: Path, *, toy: bool) -> Path:
+    """A registry of LoRAs of the digits."""
+    if toy:
+        clients = enumerate(CLASSES.items())
+        members = (member(name, seed=seed, classes=own) for seed, (name, own) in clients)
+        return registry_of(folder / "registry", *members).path
+    run("-m", "fedcompo.cli", "simulate", "--output", folder / "run")
+    return folder / "run" / "registry"
 
 
 def shown(values: Sequence[float]) -> str:

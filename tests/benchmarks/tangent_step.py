@@ -16,11 +16,11 @@ weights and the change; plain fine-tuning holds their sum too.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
 import torch
+from measuring import head, options, parsed, row
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -99,14 +99,14 @@ class Steps:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--backbone", default="embedded")
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--image-size", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parsed(parser, batch=2, rounds=1)
     config = BackboneConfig(
         backbone=arguments.backbone,
         checkpoint=arguments.checkpoint,
@@ -129,14 +129,11 @@ def report(steps: Steps, rounds: int) -> None:
     for _ in range(rounds):
         for way in WAYS:
             seconds[way].append(steps.seconds(way))
-    print("| step | seconds | times full | held, MB | times full |")
-    print("|---|---|---|---|---|")
+    head("step", "seconds", "times full", "held, MB", "times full")
     for way in WAYS:
         ratios = [own / base for own, base in zip(seconds[way], seconds["full"], strict=True)]
-        print(
-            f"| {way} | {statistics.median(seconds[way]):.3f} | {statistics.median(ratios):.2f} "
-            f"| {held[way] / 1e6:.1f} | {held[way] / held['full']:.2f} |"
-        )
+        taken = f"{statistics.median(seconds[way]):.3f}", f"{statistics.median(ratios):.2f}"
+        row(way, *taken, f"{held[way] / 1e6:.1f}", f"{held[way] / held['full']:.2f}")
     print(f"\nGradients of the two tangent steps differ by {off:.1e}, relatively.")
 
 

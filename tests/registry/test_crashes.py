@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import json
 import os
@@ -117,6 +119,13 @@ class Scene:
         self.roots = Registry(folder / "old").state.root, Registry(folder / "new").state.root
         assert self.roots[0] != self.roots[1]
 
+    def within(self, folder: Path) -> Scene:
+        """The same in another folder: it is made once."""
+        shutil.copytree(self.folder, folder, symlinks=True, dirs_exist_ok=True)
+        other = copy.copy(self)
+        other.folder = folder
+        return other
+
     def copy(self, name: str) -> Path:
         shutil.copytree(self.folder / "old", self.folder / name, symlinks=True)
         return self.folder / name
@@ -136,9 +145,14 @@ class Scene:
         return "new" if found == self.new else "old"
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return functools.cache(lambda change: Scene(tmp_path_factory.mktemp(change), change))
+
+
 @pytest.fixture(params=CHANGES)
-def scene(request, tmp_path):
-    return Scene(tmp_path, request.param)
+def scene(request, scenes, tmp_path):
+    return scenes(request.param).within(tmp_path)
 
 
 # -- killed ---------------------------------------------------------------------------------------

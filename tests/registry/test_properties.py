@@ -213,6 +213,7 @@ def assert_totals(registry: Registry, members: Sequence[Contribution]) -> None:
     assert total.second.tolist() == sum(m.statistics.second for m in members).tolist()
 
 
+@settings(max_examples=15)
 @given(together.flatmap(lambda kinds: steps(kinds, 1, 6)), compositions, st.data())
 def test_state_is_that_of_a_registry_given_the_survivors_only(changes, how, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -228,8 +229,8 @@ def test_state_is_that_of_a_registry_given_the_survivors_only(changes, how, data
             assert_exact(reopened, expected.specs)
 
 
-@settings(max_examples=15)
-@given(together.flatmap(lambda kinds: steps(kinds, 2, 8)), compositions)
+@settings(max_examples=8)
+@given(together.flatmap(lambda kinds: steps(kinds, 2, 6)), compositions)
 def test_state_is_right_after_every_single_step(changes, how):
     with tempfile.TemporaryDirectory() as folder:
         registry, expected = registry_of(Path(folder) / "lived", settings=how), Expected()
@@ -239,7 +240,7 @@ def test_state_is_right_after_every_single_step(changes, how):
             assert_same(registry, expected.rebuilt(Path(folder) / str(number), order, how))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(selections, compositions, st.data())
 def test_any_selection_composes_as_if_the_others_had_never_come(chosen, how, data):
     only = data.draw(st.sets(st.sampled_from(chosen), min_size=1))
@@ -260,7 +261,7 @@ def test_any_selection_composes_as_if_the_others_had_never_come(chosen, how, dat
         )
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(selections, st.data())
 def test_contributions_may_come_as_folders_or_from_another_registry(chosen, data):
     with tempfile.TemporaryDirectory() as name:
