@@ -196,7 +196,7 @@ def measure(job: Job) -> Measured:
 
 @contextmanager
 def clocks() -> Iterator[Counter[str]]:
-    """Share out the seconds that pass among sections; what is in none is ``other``."""
+    """Share out the seconds of this thread among sections; what is in none, or waits: ``other``."""
     seconds: Counter[str] = Counter()
     sections, since, here = ["other"], time.perf_counter(), threading.get_ident()
 
