@@ -109,25 +109,32 @@ def add_rounded(total: Tensor, changes: Sequence[Factors | Dense], times: int) -
 
 
 def _add_dense(total: Tensor, changes: Sequence[Tensor], times: int) -> None:
+    rounded, added = _buffers(total, 2)
     for rows in pieces(total):
-        rounded = np.empty(total[rows].shape)
-        added = np.zeros(rounded.shape, dtype=np.int64)
+        size = len(total[rows])
+        values, found = rounded[:size], added[:size].view(np.int64)
+        found.fill(0)
         for change in changes:
-            torch.from_numpy(rounded).copy_(change[rows])
-            rounded += CENTRE
-            added += rounded.view(np.int64)
-        _add(total[rows], added, len(changes) * OFFSET, times)
+            torch.from_numpy(values).copy_(change[rows])
+            values += CENTRE
+            found += values.view(np.int64)
+        _add(total[rows], found, len(changes) * OFFSET, times)
 
 
 def _add_products(total: Tensor, factors: Sequence[Factors], times: int) -> None:
     width, unsure, sums = total.shape[1], [], []
+    one = total.new_ones(1, width, dtype=torch.float64)
+    above = [  # t + e is a product too
+        (torch.cat([f.b, f.b.new_full((len(f.b), 1), f.error)], 1), torch.cat([f.a, one]))
+        for f in factors
+    ]
+    buffers = _buffers(total, 3)
     for rows in pieces(total):
-        product = torch.empty(total[rows].shape, dtype=torch.float64)
-        values = product.numpy()
-        high, low = (np.full(values.shape, CENTRE) for _ in range(2))
-        for own in factors:
-            torch.mm(own.b[rows], own.a, out=product)
-            values += own.error
+        values, high, low = (buffer[: len(total[rows])] for buffer in buffers)
+        high.fill(CENTRE)
+        low.fill(CENTRE)
+        for own, (b, a) in zip(factors, above, strict=True):
+            torch.mm(b[rows], a, out=torch.from_numpy(values))
             high += values
             values -= 2 * own.error
             low += values
@@ -139,6 +146,12 @@ def _add_products(total: Tensor, factors: Sequence[Factors], times: int) -> None
     places = np.concatenate([np.empty(0, int), *unsure])
     exact = sum(own.ordered(*np.divmod(places, width)) for own in factors)
     total.numpy().reshape(-1)[places] += times * (exact - np.concatenate([places[:0], *sums]))
+
+
+def _buffers(total: Tensor, count: int) -> list[NDArray[np.float64]]:
+    """Memory for pieces of a weight, used again for each: new pages cost as much as a product."""
+    rows = max((piece.stop - piece.start for piece in pieces(total)), default=0)
+    return [np.empty((min(rows, len(total)), *total.shape[1:])) for _ in range(count)]
 
 
 def _add(total: Tensor, values: Whole, offset: int, times: int) -> None:
