@@ -4,8 +4,8 @@ A linear layer needs :math:`W + s\Delta` for one product forward and one backwar
 made anew, which costs as much as a product of few tokens, and is not kept. From the gradient of the
 output, g (tokens, out), and the input, x (tokens, in), a delta computes that of its parameters
 without the dense :math:`g^\top x`, if it can. So a step of LoRA takes two large products a layer,
-where plain fine-tuning takes three, and keeps x alone
-(``tests/benchmarks/training_step.py``).
+where plain fine-tuning takes three, and keeps x alone (``tests/benchmarks/training_step.py``).
+Where (IA)³ is alone and the output is no wider than the input, it scales the output instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fedcompo.backbone.backbone import Backbone
-from fedcompo.method.deltas import Delta, Weights
+from fedcompo.method.deltas import IA3, Delta, Weights
 
 
 @contextmanager
@@ -77,6 +77,12 @@ class _Changed(Tensor):
         changed.base, changed.delta, changed.scale = base.detach(), delta, scale
         return changed
 
+    def scales_output(self, delta: IA3) -> bool:
+        r"""Whether :math:`x W_0^\top \odot l` is all, and keeping it no more than keeping x."""
+        out, width = self.base.shape
+        alone = self.scale == 1 and self.base.data_ptr() == delta.weight.data_ptr()
+        return alone and out <= width
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,10 +108,16 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if (bias is not None and bias.requires_grad) or isinstance(input, _Changed):
         return F.linear(_dense(input), _dense(weight), _dense(bias))
     delta = weight.delta
-    product: Tensor = _Product.apply(
+    if isinstance(delta, IA3) and weight.scales_output(delta):
+        product = F.linear(input, weight.base)
+        scales = delta.l.T.to(product)
+        return (
+            product * scales if bias is None else torch.addcmul(bias.to(product), product, scales)
+        )
+    result: Tensor = _Product.apply(
         input, bias, weight.base, delta, weight.scale, *delta.parameters()
     )
-    return product
+    return result
 
 
 class _Product(torch.autograd.Function):
