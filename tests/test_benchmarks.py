@@ -139,7 +139,8 @@ def test_training_steps_are_set_beside_pefts(monkeypatch, capsys):
     pytest.importorskip("peft", reason="`pip install .[dev]` brings PEFT")
     rows = table_of(monkeypatch, capsys, "training_step", "--batches", "2", "--rounds", "1")
     assert [row[1] for row in rows] == [
-        "PEFT", "plain full", "lora", "lora, anchored", "lora, IEL", "ia3", "full"
+        "PEFT", "plain full", "lora", "lora, bounded", "lora, anchored", "lora, IEL", "ia3",
+        "full",
     ]  # fmt: skip
     held = {row[1]: float(row[4]) for row in rows}
     assert held["lora"] <= held["PEFT"] < held["plain full"]
