@@ -74,7 +74,7 @@ def test_describing_is_set_beside_a_forward_pass_by_curvature_and_classes(sectio
 
 def test_training_steps_hold_no_more_than_pefts(sections):
     held = {row[1]: row[4] for row in rows(sections["training_step"])[1:]}
-    tied, others = ["lora, anchored", "lora, IEL"], ["ia3", "full"]
+    tied, others = ["lora, bounded", "lora, anchored", "lora, IEL"], ["ia3", "full"]
     assert list(held) == ["PEFT", "plain full", "lora", *tied, *others]
     assert float(held["lora"]) <= float(held["PEFT"]) < float(held["plain full"])
 

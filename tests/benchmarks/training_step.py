@@ -6,8 +6,8 @@
 
 - *PEFT*: ``get_peft_model`` on the same timm model, with the same layers, ranks and classifier;
 - *plain full*: PyTorch alone, with the weights themselves as parameters;
-- *lora*, *ia3*, *full*: fedcompo's own step; *anchored*: with a trust region and an anchor, which
-  act every fourth step; *IEL*: inside the sum with others.
+- *lora*, *ia3*, *full*: fedcompo's own step; *bounded*: with a trust region; *anchored*: with an
+  anchor too, which act every fourth step; *IEL*: inside the sum with others.
 
 All take cross entropy and the same fused AdamW, without augmentation. They take turns in one
 process, four steps each; times and ratios are medians of turns. *Held* are the bytes kept for the
@@ -40,6 +40,7 @@ from fedcompo.training.penalty import Anchor, Ensemble
 CLASSES, RATE, STEPS = 10, 1e-4, 4
 WAYS: dict[str, tuple[Kind, str]] = {
     "lora": (Kind.LORA, ""),
+    "lora, bounded": (Kind.LORA, "bounded"),
     "lora, anchored": (Kind.LORA, "anchored"),
     "lora, IEL": (Kind.LORA, "IEL"),
     "ia3": (Kind.IA3, ""),
@@ -55,10 +56,9 @@ def of_fedcompo(
     names = tuple(map(str, range(CLASSES)))
     head = HeadTraining(zero_head(names, backbone.num_features), scale=1.0, device=backbone.device)
     course = Course()
-    if how == "anchored":
+    if how in ("bounded", "anchored"):
         course = Course(anchor=Anchor({n: t.square() for n, t in backbone.theta_0.items()}))
-    else:
-        config = replace(config, trust_region=0.0, alpha=0.0)
+    config = replace(config, alpha=0.1 if how == "anchored" else 0.0)
     if how == "IEL":
         rest = {name: 0.01 * weight for name, weight in backbone.theta_0.items()}
         course = Course(ensemble=Ensemble(rest, 0.2, 0.0))
@@ -154,7 +154,7 @@ def main() -> None:
     print("| batch | step | seconds | times PEFT | held, MB | times PEFT |")
     print("|---|---|---|---|---|---|")
     precision = Precision(given.precision)
-    train = TrainConfig(augmentation=Augmentation.NONE, precision=precision, alpha=0.1)
+    train = TrainConfig(augmentation=Augmentation.NONE, precision=precision)
     for size in given.batches:
         steps = {"PEFT": peft_step(backbone, train), "plain full": plain_step(backbone, train)}
         steps |= {way: of_fedcompo(backbone, train, *WAYS[way]) for way in given.ways}
