@@ -7,7 +7,6 @@ from fedcompo._lazy import face
 if TYPE_CHECKING:
     from fedcompo.backbone.backbone import Backbone as Backbone
     from fedcompo.backbone.backbone import load_backbone as load_backbone
-    from fedcompo.backbone.preprocessing import Modality as Modality
     from fedcompo.backbone.preprocessing import Preprocessing as Preprocessing
     from fedcompo.backbone.stored import StoredBackbone as StoredBackbone
     from fedcompo.backbone.stored import save_backbone as save_backbone

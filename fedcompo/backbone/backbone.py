@@ -23,9 +23,10 @@ from torch.func import functional_call
 
 from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
 from fedcompo.backbone.origin import Origin
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.source import LOCAL, Source, source_of
 from fedcompo.backbone.stored import StoredBackbone, stored_at
+from fedcompo.config.choices import Modality
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 from fedcompo.method.deltas import Weights

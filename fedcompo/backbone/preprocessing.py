@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedcompo.backbone.reduction import reduce
 from fedcompo.backbone.thin import RATIO, Thin
-from fedcompo.config.choices import Modality as Modality
+from fedcompo.config.choices import Modality
 from fedcompo.errors import BackboneError
 from fedcompo.storage.files import tuples
 

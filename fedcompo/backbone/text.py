@@ -22,7 +22,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from fedcompo.backbone.preprocessing import Modality
+from fedcompo.config.choices import Modality
 
 BYTES = 256
 FILLING = 0

@@ -15,7 +15,8 @@ from typing import cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Modality
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import Share
 from fedcompo.data.decoding import Reader

@@ -22,7 +22,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Modality
 from fedcompo.data.cache import Put, Report, read, stored
 from fedcompo.data.catalogue import Catalogue, version_of
 from fedcompo.data.draws import Indices

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Modality
 
 CONFIGURED = "**timm.data.resolve_model_data_config(model)"
 """Arguments of timm's ``create_transform``, of a model that knows its own."""

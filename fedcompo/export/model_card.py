@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from huggingface_hub import ModelCardData
 
 from fedcompo.backbone.backbone import EMBEDDED
-from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition.settings import MEAN
+from fedcompo.config.choices import Modality
 from fedcompo.config.presets import IMPORTED
 from fedcompo.export.example import CONFIGURED, example
 from fedcompo.export.recipe import Negation

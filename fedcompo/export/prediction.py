@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from fedcompo.backbone.checkpoint import require_finite
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.composition.models import load_tangent_model, model_of
+from fedcompo.config.choices import Modality
 from fedcompo.data.pictures import picture_of
 from fedcompo.data.sources.folders import left_behind
 from fedcompo.errors import BackboneError, DataError

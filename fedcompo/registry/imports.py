@@ -19,12 +19,11 @@ import torch
 from fedcompo.backbone.adapter import ADAPTER_CONFIG, read_adapter
 from fedcompo.backbone.backbone import Backbone
 from fedcompo.backbone.finetuned import FineTuned, read_difference, read_finetuned
-from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.source import fetched
 from fedcompo.composition.head import SHRINKAGE
 from fedcompo.composition.totals import total_after
 from fedcompo.config.caps import FEWEST_IMAGES
-from fedcompo.config.choices import Statistics
+from fedcompo.config.choices import Modality, Statistics
 from fedcompo.config.presets import IMPORTED, STAND_IN
 from fedcompo.config.run import RunConfig
 from fedcompo.config.setting import Scalar

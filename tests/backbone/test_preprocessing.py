@@ -10,7 +10,8 @@ import torch
 from builders import pixels
 from PIL import Image
 
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Modality
 
 RGB = Preprocessing(image_size=8, channels=3, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
 GREY = Preprocessing(image_size=8, channels=1, mean=(0.5,), std=(0.25,))

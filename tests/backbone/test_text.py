@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedcompo.backbone.backbone import Backbone, load_backbone, target_weights
-from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
 from fedcompo.backbone.text import ByteTransformer
+from fedcompo.config.choices import Modality
 from fedcompo.config.data import DataConfig
 from fedcompo.config.run import BackboneConfig
 from fedcompo.data.client_data import load_client_data

@@ -18,8 +18,9 @@ from timm.data import create_transform, resolve_data_config
 
 from fedcompo.backbone import thin
 from fedcompo.backbone.backbone import load_backbone
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.stored import StoredBackbone, save_backbone
+from fedcompo.config.choices import Modality
 from fedcompo.config.run import BackboneConfig
 from fedcompo.errors import BackboneError
 

@@ -16,9 +16,8 @@ from registry_builders import OF_MIXTURES, backbone, member, registry_of
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedcompo.backbone.preprocessing import Modality
 from fedcompo.backbone.stored import StoredBackbone
-from fedcompo.config.choices import Statistics
+from fedcompo.config.choices import Modality, Statistics
 from fedcompo.method.contribution import Contribution
 from fedcompo.registry.registry import Registry
 from fedcompo.registry.verification import verify_registry

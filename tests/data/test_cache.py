@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fedcompo import runtime
 from fedcompo.backbone.preprocessing import Preprocessing
-from fedcompo.data import cache, decoding, threads
+from fedcompo.data import cache, decoding
 from fedcompo.data.catalogue import Catalogue
 from fedcompo.data.client_data import ClientData, load_folder, set_aside
 from fedcompo.errors import DataError
@@ -63,7 +64,7 @@ def expected(ward: Path) -> torch.Tensor:
 def on_disk(expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Even few images are kept on disk, and three threads decode."""
     monkeypatch.setattr(decoding, "IN_MEMORY", 0)
-    monkeypatch.setattr(threads, "workers", lambda: 3)
+    monkeypatch.setattr(runtime, "workers", lambda: 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     return tmp_path / "cache"
 

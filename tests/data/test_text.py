@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcompo.backbone.preprocessing import Modality, Preprocessing
+from fedcompo.backbone.preprocessing import Preprocessing
+from fedcompo.config.choices import Modality
 from fedcompo.config.data import DataConfig
 from fedcompo.data.client_data import ClientData, load_client_data
 from fedcompo.data.sources.text import text_catalogue

@@ -80,10 +80,8 @@ def of_rank(rank: int) -> Contribution:
 
 
 def copied() -> Contribution:
-    """Ada's task vector in other factors: twice A and half of B."""
-    tensors = MEMBERS[0].task_vector.tensors
-    halves = {n: t * (2.0 if n.endswith("/A") else 0.5) for n, t in tensors.items()}
-    return dee(task_vector=replace(dee().task_vector, tensors=halves))
+    """Ada's task vector under another name, beside other statistics."""
+    return dee(task_vector=replace(dee().task_vector, tensors=MEMBERS[0].task_vector.tensors))
 
 
 def counted(count: int) -> Contribution:
