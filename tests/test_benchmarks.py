@@ -38,7 +38,7 @@ def sections(imported, tmp_path_factory) -> dict[str, str]:
 
 def rows(section: str) -> list[list[str]]:
     """Cells of a section's tables, with their heads."""
-    lines = [line for line in section.splitlines() if line[:1] == "|" and line[:4] != "|---"]
+    lines = [line for line in section.splitlines() if line[:1] == "|" and line[:3] != "|--"]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
