@@ -80,12 +80,19 @@ def in_order(
         most: Threads at most.
         ahead: Results a thread that wait for their turn at most; they are in memory.
     """
+    import torch
+
+    def begin() -> None:
+        """Other threads may set another number meanwhile; the first call asks for it."""
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+
     count = min(most, workers())
     with one_thread():
         if count == 1:
             yield from map(work, items)
             return
-        with ThreadPoolExecutor(count, "fedcompo") as pool:
+        with ThreadPoolExecutor(count, "fedcompo", begin) as pool:
             begun: deque[Future[Made]] = deque()
             try:
                 for item in items:

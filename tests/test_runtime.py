@@ -47,6 +47,25 @@ def test_torch_has_one_thread_meanwhile_and_its_own_afterwards(threads):
         torch.set_num_threads(before)
 
 
+def test_torch_has_one_thread_in_each_whatever_other_threads_set_meanwhile(threads):
+    before, asked = torch.get_num_threads(), threading.Event()
+
+    def used(item):
+        assert not item or asked.wait(10)
+        return torch.get_num_threads() if item else 1
+
+    results = in_order(used, range(9 if threads > 1 else 1))
+    try:
+        assert next(results) == 1
+        other = threading.Thread(target=torch.set_num_threads, args=(2,))
+        other.start()
+        other.join()
+        asked.set()
+        assert {*results} <= {1}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_error_is_that_of_the_first_item_and_no_more_is_begun(threads):
     begun = []
 

@@ -105,8 +105,6 @@ class Term:
     vector: TaskVector
     times: int
     """How often it counts: m_c; negative to take the client out."""
-    rounded_sha256: str = ""
-    """Expected SHA-256 of its rounded form; empty: not known yet."""
     is_new: bool = False
     """Whether its length is checked."""
 

@@ -23,6 +23,10 @@ LARGE = 1 << 20
 WORKERS = min(4, os.cpu_count() or 1)
 TICK = 50_000_000
 """Nanoseconds for which a file may change and keep its times: clocks of file systems are coarse."""
+COARSE = 2_500_000_000
+"""The same where times are whole seconds: some file systems count in these, or in two."""
+REMEMBERED = 1 << 16
+"""Files of which it is known what was compared."""
 
 
 class TensorDigest:
@@ -88,16 +92,22 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-Stamp = tuple[str, int, int, int, int, int]
-"""SHA-256 of a file's header; its device, inode, size and times."""
+Stamp = tuple[str, int, int, int, int, int] | None
+"""SHA-256 of a file's header; its device, inode, size and times. None: they say nothing yet."""
 _compared: dict[Stamp, bytearray] = {}
 """For each file a 1 for every tensor that has been compared in this process."""
 
 
 def stamp_of(header_sha256: str, file: IO[bytes]) -> Stamp:
-    """Tell an open file from others, and from itself once it was changed."""
-    now = os.fstat(file.fileno())
-    return header_sha256, now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+    """Tell an open file from others, and from itself once it was changed.
+
+    What changed a moment ago could change again within the same tick of the clock: it has none yet.
+    """
+    began, now = time.time_ns(), os.fstat(file.fileno())
+    times = now.st_mtime_ns, now.st_ctime_ns
+    tick = TICK if any(at % 1_000_000_000 for at in times) else COARSE
+    settled = began - max(times) > tick
+    return (header_sha256, now.st_dev, now.st_ino, now.st_size, *times) if settled else None
 
 
 def is_compared(stamp: Stamp, number: int) -> bool:
@@ -109,9 +119,11 @@ def is_compared(stamp: Stamp, number: int) -> bool:
 def note_compared(stamp: Stamp, numbers: range, count: int) -> None:
     """Note that some of a file's tensors, of so many, are as their SHA-256 say.
 
-    What changed a moment ago could change again within the same tick of the clock: it is compared
-    again.
+    The stamp is from before they were read.
     """
-    if time.time_ns() - max(stamp[4:]) > TICK:
-        known = _compared.setdefault(stamp, bytearray(count))
-        known[numbers.start : numbers.stop] = b"\1" * len(numbers)
+    if stamp is None:
+        return
+    if len(_compared) >= REMEMBERED:
+        _compared.clear()
+    known = _compared.setdefault(stamp, bytearray(count))
+    known[numbers.start : numbers.stop] = b"\1" * len(numbers)

@@ -75,9 +75,10 @@ def _checked(
         tensors = read()
         if manifest["format_version"] == FORMAT_VERSION:
             found, stated = digests_of(tensors), manifest["digests"]
-            for name in sorted(found.keys() | stated):
-                what = f"The tensor {name!r} of {source}"
-                check_digest(stated.get(name), found.get(name, "none"), what)
+            if found.keys() != stated.keys():
+                raise ValueError("its digests are of other tensors")
+            for name in sorted(found):
+                check_digest(stated[name], found[name], f"The tensor {name!r} of {source}")
         else:
             check_digest(manifest["tensors_sha256"], tensor_digest(tensors), f"What {source} holds")
     except FileFormatError:

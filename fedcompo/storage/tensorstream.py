@@ -66,8 +66,9 @@ class StreamedTensors(Mapping[str, "Tensor"]):
         try:
             with path.open("rb") as file:
                 size, text = os.fstat(file.fileno()).st_size, header_of(file)
+                self._start, self._sha256 = len(text), hashlib.sha256(text).hexdigest()
+                self._stamp = stamp_of(self._sha256, file)
             header = json.loads(text[8:])
-            self._start, self._sha256 = len(text), hashlib.sha256(text).hexdigest()
             self.manifest = manifest_of(header, path)
             self._is_old = self.manifest["format_version"] != FORMAT_VERSION
             self.digests: dict[str, str] = {} if self._is_old else self.manifest["digests"]
@@ -113,6 +114,9 @@ class StreamedTensors(Mapping[str, "Tensor"]):
         try:
             with self.path.open("rb") as file:
                 stamp = stamp_of(self._sha256, file)
+                if stamp is None or stamp != self._stamp:  # another may have come in its place
+                    found = hashlib.sha256(file.read(self._start)).hexdigest()
+                    check_digest(self._sha256, found, f"The header of {self.path}", self._guard)
                 file.seek(self._start + begin)
                 data = np.fromfile(file, dtype=np.uint8, count=end - begin)
         except OSError as error:
@@ -262,12 +266,8 @@ class TensorWriter:
             file.seek(0)
             file.write(self._header())
             sync(file)
-            self.trust(file)
-
-    def trust(self, file: IO[bytes]) -> None:
-        """Take the file as compared: what is in it was hashed on its way."""
-        stamp = stamp_of(hashlib.sha256(self._header()).hexdigest(), file)
-        note_compared(stamp, range(len(self._layout)), len(self._layout))
+            stamp = stamp_of(hashlib.sha256(self._header()).hexdigest(), file)
+            note_compared(stamp, range(len(self._layout)), len(self._layout))  # on their way
 
     @property
     def digest(self) -> str:
@@ -288,8 +288,6 @@ def save_streamed(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[s
     with replaced(path) as temporary, TensorWriter(temporary, layout, manifest) as writer:
         for name in sorted(tensors):
             writer.write(name, tensors[name])
-    with path.open("rb") as file:
-        writer.trust(file)  # its time has changed
     return writer.digest
 
 

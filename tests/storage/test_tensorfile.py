@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedcompo.errors import FileFormatError
 from fedcompo.storage import tensorfile
+from fedcompo.storage.digests import digests_of
 from fedcompo.storage.files import canonical, write_atomically
-from fedcompo.storage.manifest import FORMAT_VERSION, seal
+from fedcompo.storage.manifest import FORMAT_VERSION, complete_manifest, seal
 
 TENSORS = {
     "a/wide": normal(2, 3, seed=1, dtype=torch.float32),
@@ -193,6 +194,12 @@ def test_a_sealed_manifest_without_a_digest_of_the_tensors_is_refused():
     manifest = {"format_version": FORMAT_VERSION}
     manifest["sha256"] = seal(manifest)
     assert refused(with_manifest(canonical(manifest)))
+
+
+def test_a_digest_of_a_tensor_that_is_not_there_is_refused():
+    digests = digests_of(TENSORS)
+    assert not refused(with_manifest(canonical(complete_manifest({}, digests))))
+    assert refused(with_manifest(canonical(complete_manifest({}, {**digests, "x": "none"}))))
 
 
 @pytest.mark.parametrize(

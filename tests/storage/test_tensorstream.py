@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 import tracemalloc
 from itertools import product
 from pathlib import Path
@@ -16,8 +18,18 @@ from torch import Tensor
 
 from fedcompo.errors import FileFormatError
 from fedcompo.method.contribution import statistics_entry, statistics_from, statistics_tensors
-from fedcompo.storage import tensorfile
-from fedcompo.storage.digests import TensorDigest, content_digest
+from fedcompo.storage import digests, tensorfile
+from fedcompo.storage.digests import (
+    TensorDigest,
+    content_digest,
+    digests_of,
+    is_compared,
+    note_compared,
+    stamp_of,
+    tensor_digest,
+)
+from fedcompo.storage.header import header_bytes
+from fedcompo.storage.manifest import complete_manifest, old_manifest
 from fedcompo.storage.tensorstream import (
     DTYPES,
     Section,
@@ -255,6 +267,49 @@ def test_a_file_that_goes_away_is_an_error_of_ours(tmp_path):
     streamed.path.unlink()
     with pytest.raises(FileFormatError, match="No such file"):
         streamed["scalar"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_header_counts_only_for_the_file_that_it_was_read_from(old, tmp_path):
+    path, values = tmp_path / "t", {"a": torch.zeros(4), "b": torch.ones(4)}
+    save_streamed(path, values, MANIFEST)
+    data, layout = path.read_bytes(), StreamedTensors(path).layout
+    length, exchanged = int.from_bytes(data[:8], "little"), {"a": values["b"], "b": values["a"]}
+    manifest = complete_manifest(MANIFEST, digests_of(exchanged))
+    if old:
+        manifest = old_manifest(MANIFEST, tensor_digest(exchanged))
+    header = json.loads(header_bytes(layout, manifest)[8:])
+    header["a"], header["b"] = header["b"], header["a"]  # each where the other's values are
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(data[:8] + text + data[8 + length :])
+    streamed = StreamedTensors(path)
+    streamed.check()
+    assert torch.equal(streamed["a"], values["b"])
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match=r"The header of .* was altered"):
+        streamed["a"]
+
+
+def test_a_file_that_was_changed_a_moment_before_is_not_known_by_its_times(tmp_path):
+    path = saved(tmp_path)
+    os.utime(path, ns=(0, time.time_ns() + 500_000_000))
+    with path.open("rb") as file:
+        fresh = stamp_of("", file)
+        time.sleep(0.6)
+        note_compared(fresh, range(1), 1)  # it took long to compare
+        assert not is_compared(fresh, 0)
+        assert not is_compared(stamp_of("", file), 0)
+        note_compared(stamp_of("", file), range(1), 1)
+        assert is_compared(stamp_of("", file), 0)
+
+
+def test_what_is_remembered_of_files_does_not_grow(monkeypatch):
+    monkeypatch.setattr(digests, "REMEMBERED", 3)
+    monkeypatch.setattr(digests, "_compared", known := {})
+    for inode in range(9):
+        note_compared(("", 0, inode, 0, 0, 0), range(1), 1)
+        assert is_compared(("", 0, inode, 0, 0, 0), 0)
+        assert len(known) <= 3
 
 
 def test_the_guard_is_asked_before_every_tensor_and_says_why_one_cannot_be_read(tmp_path):
