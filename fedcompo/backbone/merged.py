@@ -105,7 +105,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """Multiply as ``F.linear``, whose arguments' names these are."""
     if not isinstance(weight, _Changed):
         return F.linear(_dense(input), weight, _dense(bias))
-    if (bias is not None and bias.requires_grad) or isinstance(input, _Changed):
+    trained = bias is not None and bias.requires_grad
+    if trained or isinstance(input, _Changed) or input.dim() < 2:
         return F.linear(_dense(input), _dense(weight), _dense(bias))
     delta = weight.delta
     if isinstance(delta, IA3) and weight.scales_output(delta):

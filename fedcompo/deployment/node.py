@@ -30,6 +30,8 @@ from typing import NoReturn
 
 from flwr.common.logger import log
 
+from fedcompo.storage.files import PACKAGE
+
 PORT = "--port"
 FIRST, SLOWER, IDLE = 0.01, 1.25, 1.0
 """Seconds of the first pause, the growth from one to the next, and seconds of the longest one."""
@@ -71,11 +73,15 @@ def main() -> None:
 def _keep_ready(port: str) -> None:
     """Start the process that forks; start it again when it ends."""
     while True:
-        # Its standard input closes when we end, however we end.
-        ready = subprocess.Popen(_command(port, os.getpid(), ready=True), stdin=subprocess.PIPE)
-        code = ready.wait()
+        code: object
+        try:
+            # Its standard input closes when we end, however we end.
+            ready = subprocess.Popen(_command(port, os.getpid(), ready=True), stdin=subprocess.PIPE)
+            code = ready.wait()
+        except OSError as error:  # such as no memory: nobody else would start it
+            code = error
         time.sleep(1)  # signals reach both: if we are to end, too, we have ended by then
-        log(WARNING, "Process %d has ended (%d): another makes ready", ready.pid, code)
+        log(WARNING, "The process that answers has ended (%s): another makes ready", code)
 
 
 def _command(port: str, node: int, *, ready: bool) -> list[str]:
@@ -93,12 +99,17 @@ def serve(port: str, node: int, *, ready: bool = True) -> None:
         signal.signal(number, signal.SIG_DFL)
     # Whether there is a GPU is asked of NVML then: CUDA's own answer would not survive a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    sys.path[:0] = map(str, (Path(os.environ["FLWR_HOME"]) / "apps").iterdir())
+    installed = _installed()
+    if len(installed) == 2:  # of several apps a run says which one it is
+        sys.path[:0] = [str(app) for app in installed if app != PACKAGE]
     if ready:
         _make_ready()
     address, pause, last = f"127.0.0.1:{port}", FIRST, time.monotonic()
     take = _taking(address)
     while not _left_alone(pause):
+        if _installed() != installed:
+            log(INFO, "Process %d begins anew: app or library is another", os.getpid())
+            os.execv(sys.executable, _command(port, node, ready=ready))
         token = take()
         pause = FIRST if token else min(SLOWER * pause, IDLE)
         if token:
@@ -115,6 +126,12 @@ def serve(port: str, node: int, *, ready: bool = True) -> None:
         elif ready and time.monotonic() - last > REST:
             log(INFO, "Process %d rests: it gives its memory back", os.getpid())
             os.execv(sys.executable, _command(port, node, ready=False))
+
+
+def _installed() -> dict[Path, int]:
+    """The apps and this library, and when they were put there."""
+    apps = Path(os.environ["FLWR_HOME"], "apps").glob("*")
+    return {path: path.stat().st_mtime_ns for path in (*apps, PACKAGE)}
 
 
 def _make_ready() -> None:

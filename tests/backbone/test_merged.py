@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from builders import MIXABLE, pico_backbone, random_deltas, random_like, rng
 from torch import Tensor
 from torch.func import functional_call
@@ -48,7 +49,8 @@ def test_features_and_gradients_are_those_of_dense_weights(backbone, kind, scale
 @pytest.mark.parametrize("kind", MIXABLE)
 def test_a_model_that_reads_a_weight_in_another_way_sees_the_change_too(backbone, kind):
     def read(layer, _, output: Tensor) -> Tensor:
-        return output + torch.stack([layer.weight, 2 * layer.weight]).sum() * layer.weight.shape[0]
+        one = F.linear(torch.ones(layer.weight.shape[1]), layer.weight)  # no batch of tokens
+        return output + torch.stack([layer.weight, 2 * layer.weight]).sum() * one.sum()
 
     backbone.model.blocks[0].mlp.fc1.register_forward_hook(read)
     deltas = random_deltas(kind, backbone.theta_0, seed=1, scale=0.1)

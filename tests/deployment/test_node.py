@@ -46,6 +46,10 @@ def test_who_is_ready_asked_for_no_gpu_started_no_thread_and_rests_when_it_is_no
             assert ready.poll() is None, log.read_text()
             time.sleep(0.05)
         assert f"Process {ready.pid} is ready" in log.read_text()
+        while "begins anew" not in log.read_text():  # before a run of another app can come
+            assert ready.poll() is None, log.read_text()
+            (tmp_path / "apps" / str(time.monotonic_ns())).mkdir()
+            time.sleep(1)
         assert ready.stdin is not None
         ready.stdin.close()  # as if the SuperNode had ended
         assert ready.wait(60) == 0, log.read_text()
