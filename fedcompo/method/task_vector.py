@@ -20,9 +20,10 @@ from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.method.ranges import PARAMETER, check_range
 from fedcompo.storage.digests import digests_of
 from fedcompo.storage.manifest import digest_of_all
+from fedcompo.storage.tensorstream import Section
 
 TENSORS = "tensors:"
-"""Mark of a SHA-256 of a task vector's tensors, as they are stored."""
+"""Mark of a SHA-256 of a task vector's tensors."""
 NOTHING = TENSORS + "0" * 64
 """Stands for that of every task vector of zeros: who learnt nothing is nobody's copy."""
 
@@ -58,9 +59,10 @@ class TaskVector:
 
     @cached_property
     def sha256(self) -> str:
-        """Marked SHA-256 of its tensors; a file of format 2 states it, so nothing is read."""
-        stated = getattr(self.tensors, "digests", {})
-        return TENSORS + digest_of_all(stated or digests_of(self.tensors, prefix="task_vector/"))
+        """Marked SHA-256 of its tensors as float32; a file of such states it: nothing is read."""
+        kept, dtype = self.tensors, torch.float32
+        stated = kept.digests(dtype) if isinstance(kept, Section) else {}
+        return TENSORS + digest_of_all(stated or digests_of(kept, "task_vector/", dtype))
 
     def delta(self, name: str, weight: Tensor) -> Tensor:
         r"""Return the change of one weight.

@@ -31,7 +31,7 @@ REVEALS = (
 )
 LIMITS = (
     "Not found is a task vector that was changed by a bit or scaled, merged into another's before "
-    "it was sent, or stored by other factors, in another precision or as another kind; nor are "
+    "it was sent, or stored by other factors or as another kind; nor are "
     "changed statistics, nor copies outside the registry."
 )
 

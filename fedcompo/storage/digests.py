@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, TypeVar
 from fedcompo.storage.manifest import digest_of_all
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -61,11 +62,21 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def digests_of(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, str]:
-    """SHA-256 of each tensor, by name; a prefix stands before each name."""
+def digests_of(
+    tensors: Mapping[str, Tensor], prefix: str = "", dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """SHA-256 of each tensor, by name; a prefix stands before each name.
+
+    With a dtype, of its values in that one.
+    """
     in_memory, names = isinstance(tensors, dict), list(tensors)
     size = sum(tensor.nbytes for tensor in tensors.values()) if in_memory else LARGE
-    found = at_once(lambda name: tensor_sha256(prefix + name, tensors[name]), names, size)
+
+    def work(name: str) -> str:
+        tensor = tensors[name]
+        return tensor_sha256(prefix + name, tensor if dtype is None else tensor.to(dtype))
+
+    found = at_once(work, names, size)
     return {prefix + name: digest for name, digest in zip(names, found, strict=True)}
 
 

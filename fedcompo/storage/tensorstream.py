@@ -41,6 +41,7 @@ from fedcompo.storage.manifest import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -190,11 +191,14 @@ class Section(Mapping[str, "Tensor"]):
         """Return one tensor."""
         return self._tensors[self._names[name]]
 
-    @property
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each tensor, by its whole name, as the file says; empty: it does not."""
-        stated = getattr(self._tensors, "digests", {})
-        return {name: stated[name] for name in self._names.values()} if stated else {}
+    def digests(self, dtype: torch.dtype) -> dict[str, str]:
+        """SHA-256 of each tensor, by its whole name, as the file says.
+
+        Empty if it does not, or if a tensor is of another dtype.
+        """
+        stated, layout = (getattr(self._tensors, what, {}) for what in ("digests", "layout"))
+        alike = stated and all(layout[name][0] == dtype for name in self._names.values())
+        return {name: stated[name] for name in self._names.values()} if alike else {}
 
     def __iter__(self) -> Iterator[str]:
         """Names, in their order."""

@@ -63,11 +63,20 @@ def statistics_of(contribution: Contribution) -> Contribution:
     return replace(own, head=head, statistics=turned, num_examples=contribution.num_examples)
 
 
+def in_double_precision(contribution: Contribution) -> Contribution:
+    """Its task vector, the same numbers in twice as many bits."""
+    wide = {n: t.double() for n, t in contribution.task_vector.tensors.items()}
+    return vector_of(replace(contribution, task_vector=replace(BEN.task_vector, tensors=wide)))
+
+
 DISGUISES = {
     "as it was": as_eve(BEN),
+    "in double precision": in_double_precision(BEN),
     "its task vector": vector_of(BEN),
     "its statistics": statistics_of(BEN),
 }
+VECTORS = "its task vector", "in double precision"
+"""Those that bring no other part."""
 
 
 @pytest.fixture
@@ -233,7 +242,7 @@ def test_who_had_the_same_images_all_along_stays_and_may_train_again(registry: R
 @pytest.mark.parametrize("disguise", DISGUISES)
 def test_the_receipt_fails_when_it_is_back(registry: Registry, unguarded, disguise: str) -> None:
     registry.add(DISGUISES[disguise])
-    claims = {"its task vector": [VECTOR], "its statistics": [STATISTICS]}
+    claims = {"its statistics": [STATISTICS], **dict.fromkeys(VECTORS, [VECTOR])}
     assert failing(registry) == [*claims.get(disguise, [VECTOR, STATISTICS]), NOTHING_BACK]
     registry.remove("eve")  # it was there
     found = of_record(registry)
