@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", help="where to work; 16 checkpoints of ViT-B: 12 GB")
     given = parsed(parser, backbone="test_vit", rules=["mean", "regmean"], repeats=1)
+    torch.set_num_threads(1)  # what is measured has processes of its own
     if given.mergekit is None:
         print("Without mergekit: name an interpreter that has it with --mergekit.\n")
     head(*COLUMNS, text=3)
