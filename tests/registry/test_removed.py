@@ -242,7 +242,7 @@ def test_who_had_the_same_images_all_along_stays_and_may_train_again(registry: R
 @pytest.mark.parametrize("disguise", DISGUISES)
 def test_the_receipt_fails_when_it_is_back(registry: Registry, unguarded, disguise: str) -> None:
     registry.add(DISGUISES[disguise])
-    claims = {"its statistics": [STATISTICS], **dict.fromkeys(VECTORS, [VECTOR])}
+    claims = {"its statistics": [STATISTICS], **{name: [VECTOR] for name in VECTORS}}
     assert failing(registry) == [*claims.get(disguise, [VECTOR, STATISTICS]), NOTHING_BACK]
     registry.remove("eve")  # it was there
     found = of_record(registry)
