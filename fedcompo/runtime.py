@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+SOON = 0.05
+"""Seconds after which threads are started: they take a millisecond each."""
 THREADS = 4
 """Threads that stream weights at most: each holds a few."""
 PACKAGES = ("fedcompo", "torch", "timm")
@@ -72,7 +75,7 @@ def in_order(
     """Do the work of each item in a few threads, in each of which torch uses one.
 
     Results come in the order of items, and so does an error: the first item's, after which no more
-    is begun. They are the same bits for any number of threads.
+    is begun. They are the same bits for any number of threads. What is soon done takes none.
 
     Args:
         work: Must not change what another thread reads.
@@ -87,15 +90,16 @@ def in_order(
         torch.get_num_threads()
         torch.set_num_threads(1)
 
-    count = min(most, workers())
+    count, upcoming, began = min(most, workers()), iter(items), time.perf_counter()
     with one_thread():
-        if count == 1:
-            yield from map(work, items)
-            return
+        for item in upcoming:
+            yield work(item)
+            if count > 1 and time.perf_counter() - began > SOON:
+                break
         with ThreadPoolExecutor(count, "fedcompo", begin) as pool:
             begun: deque[Future[Made]] = deque()
             try:
-                for item in items:
+                for item in upcoming:
                     begun.append(pool.submit(work, item))
                     if len(begun) > count * ahead:
                         yield begun.popleft().result()

@@ -19,6 +19,7 @@ from fedcompo.runtime import in_order
 @pytest.fixture(params=[1, 3])
 def threads(request, monkeypatch):
     monkeypatch.setattr(runtime, "workers", lambda: request.param)
+    monkeypatch.setattr(runtime, "SOON", 0.0)
     return request.param
 
 
@@ -34,7 +35,13 @@ def test_results_come_in_order_and_few_are_begun_before_their_turn(threads):
     for place, result in enumerate(in_order(work, range(30))):
         assert result == place * place
         assert len(begun) <= place + 1 + 2 * threads
-    assert len(used) == threads
+    assert len(used - {threading.get_ident()}) == (threads if threads > 1 else 0)
+
+
+def test_what_is_soon_done_is_done_by_the_caller(monkeypatch):
+    monkeypatch.setattr(runtime, "workers", lambda: 3)
+    monkeypatch.setattr(runtime, "SOON", 60.0)
+    assert {*in_order(lambda _: threading.get_ident(), range(9))} == {threading.get_ident()}
 
 
 def test_torch_has_one_thread_meanwhile_and_its_own_afterwards(threads):

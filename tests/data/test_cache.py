@@ -65,6 +65,7 @@ def on_disk(expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """Even few images are kept on disk, and three threads decode."""
     monkeypatch.setattr(decoding, "IN_MEMORY", 0)
     monkeypatch.setattr(runtime, "workers", lambda: 3)
+    monkeypatch.setattr(runtime, "SOON", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     return tmp_path / "cache"
 
