@@ -80,6 +80,7 @@ def test_what_a_client_s_files_are_called_stands_in_its_own_log_alone(simulated)
     assert SECRET not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_plain_flwr_run_works_too(tmp_path):
     """As documented: no launcher, a SuperLink for simulations, `flwr run` with its own options."""
     with socket.socket() as probe:
