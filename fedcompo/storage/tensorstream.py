@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-
 Guard = Callable[[str], None]
+"""Given what is wrong with a tensor, or nothing before one is read; raises if it is not trusted."""
 
 
 class StreamedTensors(Mapping[str, "Tensor"]):
@@ -56,8 +56,7 @@ class StreamedTensors(Mapping[str, "Tensor"]):
 
         Args:
             path: The file.
-            guard: Called before a tensor is read; raises if the file is not to be trusted. It is
-                given what is wrong with a tensor, else nothing.
+            guard: Called before a tensor is read, and when one was altered.
 
         Raises:
             FileFormatError: If the file cannot be read, is truncated, or its header does not
