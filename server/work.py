@@ -99,11 +99,11 @@ def run(grid: Grid, context: Context) -> None:
             stopped, told = isinstance(error, KeyboardInterrupt), f"{type(error).__name__}: {error}"
             books.tell("failed", reason="interrupted" if stopped else told)
         raise
-    books.tell("finished", results=RESULTS)
     if results.get("class_il_accuracy") is not None:
         class_il, task_il = (100 * results[f"{name}_il_accuracy"] for name in ("class", "task"))
         log(INFO, "Accuracy, %%: all classes %.1f, own classes %.1f", class_il, task_il)
     log(INFO, "Results: %s", output)
+    books.tell("finished", results=RESULTS)  # at last: a launcher now ends this process
 
 
 def _report(output: Path, results: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 ``flwr run`` works too. But it needs the network for each run, may run old code in a daemon that is
 still there, takes relative paths from that daemon's folder, and exits with 0 when a run has failed.
 Here an engine (:mod:`fedcompo.engine.superlink`) serves one run and ends with it; or there is none,
-and this process runs the apps (:mod:`fedcompo.engine.in_process`). A run is done when its engine
-says so *and* its results are on disk.
+and this process runs the apps (:mod:`fedcompo.engine.in_process`). A run is done when the server
+says so, with the last thing that it does, *and* its results are on disk; nobody waits for Flower and
+Ray to end in good order, which takes them seconds.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ class Simulation:
         tail = EventTail(self.output / EVENTS)
         files = Files(self.output / CLIENTS / PROGRESS)
 
-        def look() -> None:
+        def look() -> bool:
             for event in (*tail.read(), *files.read()):
                 on_event(event)
+            return tail.finished
 
         try:
             with _sigterm_unwinds():
@@ -85,7 +87,7 @@ class Simulation:
         return _results(self.output, status, details, tail.failure)
 
     def _on_flower(
-        self, config: Mapping[str, Scalar], look: Callable[[], None], on_event: OnEvent
+        self, config: Mapping[str, Scalar], look: Callable[[], bool], on_event: OnEvent
     ) -> tuple[str, str]:
         """Run on Flower's engine; returns the run's status and what Flower says about it."""
         if not config.get("in-flight") and (few := self.resources.in_flight(self.clients)):
@@ -95,7 +97,7 @@ class Simulation:
             return _follow(engine, look, on_event)
 
     def _in_process(
-        self, config: Mapping[str, Scalar], look: Callable[[], None]
+        self, config: Mapping[str, Scalar], look: Callable[[], bool]
     ) -> tuple[str, str]:
         """Run in this thread, while another one looks for events; returns as Flower would."""
         add_to_path(self.app)
@@ -131,7 +133,7 @@ def add_to_path(app: Path) -> None:
 
 
 @contextlib.contextmanager
-def _looking(look: Callable[[], None]) -> Iterator[None]:
+def _looking(look: Callable[[], object]) -> Iterator[None]:
     """Look for events, in a thread of its own, until the context ends; raises what that raises."""
     ended = threading.Event()
 
@@ -150,8 +152,12 @@ def _looking(look: Callable[[], None]) -> Iterator[None]:
         looking.result()
 
 
-def _follow(engine: Engine, look: Callable[[], None], on_event: OnEvent) -> tuple[str, str]:
-    """Look for events until the run has ended; returns its status and what Flower says about it."""
+def _follow(engine: Engine, look: Callable[[], bool], on_event: OnEvent) -> tuple[str, str]:
+    """Look for events until the run has ended; returns its status and what Flower says about it.
+
+    Args:
+        look: Tells the new events; true once the server has finished.
+    """
     begun = False
     while True:
         time.sleep(TICK)
@@ -165,7 +171,8 @@ def _follow(engine: Engine, look: Callable[[], None], on_event: OnEvent) -> tupl
         if "run" in said:
             begun = True
             on_event(note("Flower's engine has started; Ray takes another moment."))
-        look()
+        if look():
+            return COMPLETED, ""
         if "status" in said:
             return said["status"], said["details"]
         if not alive:

@@ -97,6 +97,8 @@ class EventTail:
         self._lines = LineTail(file)
         self.failure = ""
         """Reason of a ``failed`` event, once there was one."""
+        self.finished = False
+        """Whether there was a ``finished`` event."""
 
     def read(self) -> list[Event]:
         """Read the events since the last call."""
@@ -104,6 +106,7 @@ class EventTail:
         for event in events:
             if event["event"] == "failed":
                 self.failure = str(event.get("reason", ""))
+            self.finished |= event["event"] == "finished"
         return events
 
 
