@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedcompo.backbone.checkpoint import fill, read_checkpoint, read_config, require_finite
+from fedcompo.backbone.checkpoint import Undrawn, fill, read_checkpoint, read_config, require_finite
 from fedcompo.backbone.origin import Origin
 from fedcompo.backbone.preprocessing import Preprocessing
 from fedcompo.backbone.source import LOCAL, Source, source_of
@@ -240,11 +240,14 @@ def _input_args(config: BackboneConfig) -> dict[str, Any]:
 def _require_takes(
     name: str, config: BackboneConfig, model_args: dict[str, Any], cfg: dict[str, Any]
 ) -> nn.Module:
-    """Make the model with random weights; refuse an input that it does not take."""
+    """Make the model without values for its weights; refuse an input that it does not take."""
     from fedcompo.backbone.text import timm  # takes seconds to load
 
     try:
-        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **model_args)
+        with Undrawn():
+            model: nn.Module = timm.create_model(
+                name, pretrained=False, num_classes=0, **model_args
+            )
     except (TypeError, ValueError, AssertionError) as error:
         raise BackboneError(
             f"{name!r} does not take {model_args}: {error}. "

@@ -13,6 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fedcompo.backbone.file_kind import SUFFIXES, check_kind
 from fedcompo.backbone.prefixes import converter, flatten, without_prefix
@@ -23,10 +24,25 @@ logger = logging.getLogger(__name__)
 
 INPUT_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Entries of timm's configuration that say how a picture becomes the model's input."""
+DRAWS = {"uniform_", "normal_", "erfinv_", "kaiming_uniform_", "trunc_normal_"}
+"""Functions of torch that initialise a tensor at random."""
 SHAPES = re.compile(
     r"size mismatch for (\S+): copying .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", re.DOTALL
 )
 """The first weight of another shape in torch's report: its name, found, expected."""
+
+
+class Undrawn(TorchFunctionMode):
+    """Draws no initial values of a model that :func:`fill` fills; for a ViT-B it takes seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Leave the tensor of a draw as it is."""
+        given = kwargs or {}
+        if func.__name__ in DRAWS:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
 
 
 def fill(

@@ -19,12 +19,10 @@ large that they are looked at one by one.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,69 +30,19 @@ from torch import Tensor
 from fedcompo.composition.products import BITS as BITS
 from fedcompo.composition.products import GRID as GRID
 from fedcompo.composition.products import TOGETHER, UNSURE, Dense, Factors, add_rounded, pieces
-from fedcompo.composition.scale import significant
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.task_vector import TaskVector
 
+if TYPE_CHECKING:
+    from fedcompo.composition.lengths import Rounding
+
 LARGEST = 2.0**10
 """Values of a task vector beyond this are refused; weights of a trained network are of order 1."""
-LONGEST = 10.0
-"""Largest norm of a newcomer's change to a weight, relative to the norm of that weight."""
 DENSE = Kind.FULL, Kind.TANGENT
 """Kinds that store the change itself."""
 CEILING = 2**62
 """Sums stay below this: half of the range of int64."""
-NORM_DIGITS = 6
-"""Significant digits of a task vector's squared length."""
-
-
-class Rounding:
-    """Length of a task vector on the grid, fed one weight at a time, in their order; and digest."""
-
-    def __init__(self, newcomer: str = "", *, hashed: bool = False) -> None:
-        """Start with nothing; a newcomer, named here, is refused if it changes a weight too far.
-
-        Its digest takes a second for each GB of the dense change, and weights one after the other.
-        """
-        self._digest = hashlib.sha256() if hashed else None
-        self.squared, self._newcomer = 0.0, newcomer
-
-    def update(self, name: str, values: Tensor, weight: Tensor) -> None:
-        """Take in the rounded change of one weight, (out, in), int64.
-
-        Raises:
-            ContributionError: If a newcomer's is longer than :data:`LONGEST` times the weight.
-        """
-        if self._digest is not None:
-            hash_rounded(self._digest, name, values)
-        squared = squared_length(values)
-        self.squared += squared
-        if self._newcomer and not (length := math.sqrt(squared)) <= LONGEST * float(weight.norm()):
-            raise ContributionError(  # also if the weight's norm is not a number
-                f"The task vector of client {self._newcomer!r} has norm {length:.3g} at {name!r}, "
-                f"more than {LONGEST:g} times that of the weight itself. Its training diverged: "
-                "lower `learning-rate`, or use `penalty = implicit`."
-            )
-
-    def part(self) -> Rounding:
-        """Return one to be fed a weight of its own, in any thread; itself, if it is hashed."""
-        return Rounding(self._newcomer) if self._digest is None else self
-
-    def take(self, part: Rounding) -> None:
-        """Take in a :meth:`part` that was fed."""
-        if part is not self:
-            self.squared += part.squared
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 so far, hexadecimal; empty if it is not hashed."""
-        return "" if self._digest is None else self._digest.hexdigest()
-
-    @property
-    def squared_norm(self) -> float:
-        r""":math:`\lVert\tau\rVert^2`, to six significant digits: no machine's last bit counts."""
-        return significant(self.squared, NORM_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -146,13 +94,13 @@ def sum_of(
         changes = []
         for term in batch:
             with blaming(term.client):
-                changes.append(_change(term.vector, name, weight, f"client {term.client!r}"))
+                changes.append(change_of(term.vector, name, weight, f"client {term.client!r}"))
         reach += abs(times) * sum(int(change.peak / GRID) + 1 for change in changes)
         if reach < CEILING:
             add_rounded(total, changes, times)
             continue
         for change in changes:
-            total = add(total, _alone(change, weight), times)
+            total = add(total, alone(change, weight), times)
         reach = largest(total)
     return total
 
@@ -202,10 +150,10 @@ def rounded(vector: TaskVector, name: str, weight: Tensor, *, owner: str) -> Ten
     Raises:
         ContributionError: If a value is not finite, or beyond :data:`LARGEST`.
     """
-    return _alone(_change(vector, name, weight, owner), weight)
+    return alone(change_of(vector, name, weight, owner), weight)
 
 
-def _change(vector: TaskVector, name: str, weight: Tensor, owner: str) -> Factors | Dense:
+def change_of(vector: TaskVector, name: str, weight: Tensor, owner: str) -> Factors | Dense:
     """Read the change of one weight; raises as :func:`rounded` does."""
     if vector.kind is Kind.LORA:
         factors = Factors.of(vector.tensors[f"{name}/B"], vector.tensors[f"{name}/A"])
@@ -223,7 +171,7 @@ def _change(vector: TaskVector, name: str, weight: Tensor, owner: str) -> Factor
     return Dense(values, peak)
 
 
-def _alone(change: Factors | Dense, weight: Tensor) -> Tensor:
+def alone(change: Factors | Dense, weight: Tensor) -> Tensor:
     """Round one change, (out, in), int64."""
     values = torch.zeros(weight.shape, dtype=torch.int64)
     add_rounded(values, [change], 1)
@@ -236,18 +184,6 @@ def largest(values: Tensor) -> float | int:
         return 0
     low, high = (bound.item() for bound in values.aminmax())
     return max(-low, high)
-
-
-def hash_rounded(digest: Any, name: str, values: Tensor) -> None:
-    """Update a hash with the rounded change of one weight."""
-    digest.update(f"{name}|{tuple(values.shape)}|".encode())
-    digest.update(values.contiguous().numpy().data)
-
-
-def squared_length(values: Tensor) -> float:
-    """Return the squared length of values on the grid, (out, in), in units of task vectors."""
-    flat = (values[rows].double().view(-1) for rows in pieces(values))
-    return math.fsum(float(piece.dot(piece)) for piece in flat) * GRID * GRID
 
 
 def add(total: Tensor, term: Tensor, times: int) -> Tensor:

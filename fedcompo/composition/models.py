@@ -12,6 +12,7 @@ from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.backbone.tangent import TangentModel, change_from
 from fedcompo.composition import fixed_point
 from fedcompo.composition.head import head_of
+from fedcompo.composition.lengths import NORM_DIGITS, squared_length
 from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.scale import Factor, FactorBy, norm_preserving, significant
 from fedcompo.composition.settings import CompositionSettings
@@ -100,13 +101,13 @@ def factor_of(
     def squares(name: str) -> tuple[float, dict[str, float]]:
         own: dict[str, float] = {}
         changes = Changes(name, backbone.tensors[name], pool.contributions, times, squares=own)
-        return fixed_point.squared_length(rule.on_grid(changes)), own
+        return squared_length(rule.on_grid(changes)), own
 
     for squared, own in in_order(squares, sorted(backbone.target_weights)):
         squared_total += squared
         for client in own:
             lengths[client] += own[client]
-    rounded = {c: (times[c], significant(lengths[c], fixed_point.NORM_DIGITS)) for c in times}
+    rounded = {c: (times[c], significant(lengths[c], NORM_DIGITS)) for c in times}
     return Factor(norm_preserving(rounded, squared_total), FactorBy.NORMS)
 
 

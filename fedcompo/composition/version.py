@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedcompo.backbone.stored import StoredBackbone
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import Rounding, Term
+from fedcompo.composition.fixed_point import Term
+from fedcompo.composition.lengths import Rounding, squared_length
 from fedcompo.composition.rules.rule import Changes
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.composition.timm_folder import write_model
@@ -75,7 +76,7 @@ def write_sum(
         weight, start = backbone.tensors[name], before[name] if before is not None else None
         parts = [rounding.part() for rounding in roundings]
         total = fixed_point.sum_of(terms, name, weight, start=start, roundings=parts)
-        return name, total, fixed_point.squared_length(total), parts
+        return name, total, squared_length(total), parts
 
     with TensorWriter(path, layout, {"content": "sum", "bits": fixed_point.BITS, **about}) as file:
         threads = 1 if hashed else THREADS
@@ -119,7 +120,7 @@ def write_ruled(
             total = rule.on_grid(changes)
         else:
             total = same[name]
-        return name, total, fixed_point.squared_length(total)
+        return name, total, squared_length(total)
 
     with TensorWriter(folder / RULED, running.layout, {**about, "rule": rule.text}) as file:
         for name, total, length in _each(ruled, backbone, f"composing by {rule.text}"):

@@ -4,8 +4,8 @@
 still there, takes relative paths from that daemon's folder, and exits with 0 when a run has failed.
 Here an engine (:mod:`fedcompo.engine.superlink`) serves one run and ends with it; or there is none,
 and this process runs the apps (:mod:`fedcompo.engine.in_process`). A run is done when the server
-says so, with the last thing that it does, *and* its results are on disk; nobody waits for Flower and
-Ray to end in good order, which takes them seconds.
+says so, with the last thing that it does, *and* its results are on disk; nobody waits for Flower
+and Ray to end in good order, which takes them seconds.
 """
 
 from __future__ import annotations
@@ -155,8 +155,7 @@ def _looking(look: Callable[[], object]) -> Iterator[None]:
 def _follow(engine: Engine, look: Callable[[], bool], on_event: OnEvent) -> tuple[str, str]:
     """Look for events until the run has ended; returns its status and what Flower says about it.
 
-    Args:
-        look: Tells the new events; true once the server has finished.
+    To look is to tell the new events; it is true once the server has finished.
     """
     begun = False
     while True:

@@ -72,7 +72,7 @@ def from_folders(
     """Select contributions that lie in folders of their own; no registry, no server.
 
     Args:
-        folders: One contribution each; every byte is checked.
+        folders: One contribution each; every tensor that is used is checked.
         checkpoint: File of the pre-trained weights; empty: as in this run.
         max_norm_ratio: Refuse a task vector this many times longer than the median; 0: none.
         choice: As of :func:`from_registry`; without weights, coefficients are those of the run of
@@ -87,7 +87,7 @@ def from_folders(
             recipe or settings of the run cannot be used.
     """
     with_fisher = _needs_fisher(choice, MEAN)
-    members = [Contribution.open(f, with_fisher=with_fisher, check=True) for f in folders]
+    members = [Contribution.open(f, with_fisher=with_fisher) for f in folders]
     if not members:
         raise ContributionError("There is nothing to compose; name at least one folder.")
     asked = Asked.of(Pool(tuple(members)), **choice)

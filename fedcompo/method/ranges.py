@@ -64,8 +64,9 @@ def check_range(
     """
     check_floats(tensor, what)
     least, values = -largest if least is None else least, tensor.detach().float()
-    inside = (values >= least) & (values <= largest)  # not a number is not inside
-    if not inside.all():
+    low, high = values.aminmax() if values.numel() else (least, least)
+    if not (low >= least and high <= largest):  # also if one is not a number
+        inside = (values >= least) & (values <= largest)
         raise ContributionError(
             f"{what} has {int((~inside).sum())} values that are not finite or out of range in "
             f"float32, expected {least:g} to {largest:g}.{hint and ' '}{hint}"

@@ -18,6 +18,7 @@ from fedcompo.config.choices import Kind
 from fedcompo.errors import BackboneMismatch, ContributionError
 from fedcompo.method.deltas import Delta, Weights, restore_delta, stored_shapes
 from fedcompo.method.ranges import PARAMETER, check_range
+from fedcompo.runtime import in_order
 from fedcompo.storage.digests import digests_of
 from fedcompo.storage.manifest import digest_of_all
 from fedcompo.storage.tensorstream import Section
@@ -105,7 +106,9 @@ class TaskVector:
                 "Use the same `target-weights` everywhere."
             )
         hint = "Its training diverged: lower `learning-rate`, or use `penalty = implicit`."
-        for name, shape in wanted.items():
+
+        def look(name: str) -> None:
+            shape = wanted[name]
             what, tensor = f"Tensor {name!r} of {owner}", self.tensors[name]
             found = tuple(tensor.shape)
             if len(found) != len(shape) or any(
@@ -115,6 +118,9 @@ class TaskVector:
                     f"{what} has shape {found}, expected {shape} (None: any rank)."
                 )
             check_range(tensor, PARAMETER, what, hint=hint)
+
+        for _ in in_order(look, wanted):
+            pass
         for name in self.names if self.kind is Kind.LORA else ():
             rank_a, rank_b = self.tensors[f"{name}/A"].shape[0], self.tensors[f"{name}/B"].shape[1]
             if rank_a != rank_b:

@@ -15,7 +15,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedcompo.composition.fixed_point import Rounding, rounded
+from fedcompo.composition.fixed_point import rounded
+from fedcompo.composition.lengths import NEAR, Rounding, squared_near
 from fedcompo.config.choices import Method, Statistics
 from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import ContributionError, FileFormatError
@@ -27,6 +28,7 @@ from fedcompo.names import check_class_names, check_client_name, check_distinct
 from fedcompo.registry.company import LIMITS, Company, Known
 from fedcompo.registry.owners import check_owner
 from fedcompo.registry.removed import statistics_digest, vector_digest
+from fedcompo.runtime import in_order
 from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical
 
 
@@ -88,7 +90,7 @@ def check_change(client: str, own: Known, company: Company, *, empty: bool) -> N
         company.removed.refuse(client, "task vector", own.rounded_sha256)
 
 
-def outliers(newcomers: Iterable[str], company: Company) -> dict[str, str]:
+def outliers(newcomers: Iterable[str], company: Company, *, margin: float = 0.0) -> dict[str, str]:
     r"""Find newcomers whose :math:`\lVert\tau_c\rVert` exceeds a multiple of what is usual.
 
     The multiple is ``max-norm-ratio``; 0: none is refused. Members whose length is not known do not
@@ -97,13 +99,15 @@ def outliers(newcomers: Iterable[str], company: Company) -> dict[str, str]:
     Args:
         newcomers: Clients of the company that may be refused.
         company: Everyone, the newcomers too.
+        margin: Share by which a length may exceed it further: whom a run let in by lengths that
+            are near is not refused by those on the grid.
 
     Returns:
         The reason to refuse the task vector, by client.
     """
     ratio, known = company.settings.max_norm_ratio, company.members
     norms = {client: own.norm for client, own in known.items() if own.norm is not None}
-    usual = beyond(norms, ratio) if ratio else {}
+    usual = beyond(norms, ratio * (1 + margin)) if ratio else {}
     return {
         client: (
             f"The task vector of client {client!r} has norm {norms[client]:.3g}, more than "
@@ -213,9 +217,18 @@ def rounding_of(client: str, vector: TaskVector, company: Company) -> Rounding:
         ContributionError: If it is far longer than the weights: its training diverged.
     """
     rounding = Rounding(client, hashed=company.removed.by_rounding)
-    for name in sorted(company.shapes):
-        weight = company.weights[name]
-        rounding.update(name, rounded(vector, name, weight, owner=f"client {client!r}"), weight)
+    names, weights, owner = sorted(company.shapes), company.weights, f"client {client!r}"
+    if company.removed.by_rounding:
+        for name in names:
+            values = rounded(vector, name, weights[name], owner=owner)
+            rounding.update(name, values, weights[name])
+        return rounding
+
+    def length(name: str) -> tuple[str, float]:
+        return name, squared_near(vector, name, weights[name], owner=owner)
+
+    for name, squared in in_order(length, names):
+        rounding.lengthen(name, squared, weights[name], margin=NEAR)
     return rounding
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fedcompo.composition.fixed_point import Rounding
+from fedcompo.composition.lengths import Rounding
 from fedcompo.data.tasks import client_of
 from fedcompo.errors import FedcompoError
 from fedcompo.method.contribution import Contribution

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import Rounding
 from fedcompo.composition.head import joint_head
+from fedcompo.composition.lengths import Rounding, squared_length
 from fedcompo.composition.models import times_of
 from fedcompo.composition.realigned import realigned_head
 from fedcompo.composition.rules.rule import Changes
@@ -83,7 +83,7 @@ def recomposed(registry: RegistryReader) -> Finding:
                 here = distance(total, made)
                 if here > (0 if rule.portable else CLOSE):
                     return f"what {rule.text} makes differs at {name!r}", [], 0.0, 0.0
-            squared = fixed_point.squared_length(total)
+            squared = squared_length(total)
             weight = fixed_point.compose(weight, total, factor=state.factor)
         differing = "" if torch.equal(weight, model[name]) else f"the model differs at {name!r}"
         return differing, parts, squared, here

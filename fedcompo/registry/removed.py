@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcompo.composition.fixed_point import Rounding
+from fedcompo.composition.lengths import Rounding
 from fedcompo.data.tasks import client_of
 from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics, Contribution

@@ -28,6 +28,7 @@ from comparison_tables import spread
 from torch import Tensor
 
 from fedcompo.composition import fixed_point
+from fedcompo.composition.lengths import squared_length
 from fedcompo.composition.models import times_of
 from fedcompo.composition.rules import Changes, Rule, parse_rule
 from fedcompo.composition.rules.parsing import RULES
@@ -78,7 +79,7 @@ def measured(bench: Bench, rule: Rule) -> dict[str, Any]:
         squares: dict[str, float] = {}
         changes = Changes(name, weight, pool.contributions, times, squares=squares)
         total[name] = rule.on_grid(changes)
-        squared += fixed_point.squared_length(total[name])
+        squared += squared_length(total[name])
         lengths = {client: lengths[client] + squares[client] for client in times}
     seconds = time.process_time() - began
     together = sum(times.values())

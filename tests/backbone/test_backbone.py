@@ -294,6 +294,12 @@ def test_the_fingerprint_is_the_same_on_reloading_and_tells_a_single_bit(
     assert load(tmp_path / "other.safetensors").fingerprint != loaded.fingerprint
 
 
+def test_weights_that_are_read_are_not_drawn_before(checkpoint):
+    before = torch.get_rng_state()
+    load(checkpoint)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_another_image_size_resamples_the_position_embedding(checkpoint, state):
     larger = load(checkpoint, image_size=48)
     expected = resample_abs_pos_embed(state["pos_embed"], [3, 3], num_prefix_tokens=1)

@@ -11,7 +11,6 @@ nginx; each run takes about a minute. Prints the median of the runs.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from deployed_federation import QUICK, TWO, deployed, digits_as_folders
+from measuring import head, options, row
 
 from fedcompo.engine.simulation import simulate
 
@@ -30,7 +30,7 @@ NODE = '"$python" -P -m fedcompo.deployment.node'
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--images", type=int, default=40, help="training images a class")
     given = parser.parse_args()
@@ -54,12 +54,11 @@ def main() -> None:
                 assert done.code == 0, done.said
                 for phase, client, seconds in ANSWERED.findall(done.said):
                     taken.setdefault((phase, client), []).append(float(seconds))
-    print("| phase | work, s | new process, s | beyond | ready process, s | beyond |")
-    print("|---|--:|--:|--:|--:|--:|")
+    head("phase", "work, s", "new process, s", "beyond", "ready process, s", "beyond")
     for phase in dict.fromkeys(phase for phase, _ in taken):
         work = phases[phase]["seconds"] / len(images)
-        row = (median(taken[phase, FLOWERS]), median(taken[phase, OURS]))
-        print(f"| {phase} | {work:.2f} |", *(f"{s:.1f} | {s - work:.1f} |" for s in row))
+        both = (median(taken[phase, who]) for who in (FLOWERS, OURS))
+        row(phase, f"{work:.2f}", *(f"{n:.1f}" for s in both for n in (s, s - work)))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from measuring import head, options, parsed, row
 
 from clients.local import LocalClient
 from fedcompo.backbone.backbone import Backbone, load_backbone
@@ -38,7 +38,7 @@ BARE, ALONE = "bare forward pass", "describe without Fisher"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--backbone", default="embedded")
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--image-size", type=int, default=0)
@@ -48,14 +48,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--cpu", action="store_true", help="seconds of the CPU; with one thread")
-    given = parser.parse_args()
+    given = parsed(parser, images=16, rounds=1, classes=[3, 9])
     torch.set_num_threads(given.threads or torch.get_num_threads())
     config = BackboneConfig(given.backbone, given.checkpoint, given.image_size)
     backbone = load_backbone(config)
-    print(
-        "| classes | what | backward passes | images/s | forward passes | MiB | MiB, 4 × images |"
-    )
-    print("|--:|---|--:|--:|--:|--:|--:|")
+    columns = "backward passes", "images/s", "forward passes", "MiB", "MiB, 4 × images"
+    head("classes", "what", *columns, text=2)
     with tempfile.TemporaryDirectory() as folder:
         whole = pixels(backbone, 4 * given.images, Path(folder))
         for classes in given.classes:
@@ -95,9 +93,8 @@ def table(backbone: Backbone, whole: Stored, classes: int, given: argparse.Names
     taken = {name: statistics.median(values) for name, values in seconds.items()}
     least = min((taken[name], name) for name in taken if name.startswith(BARE))[1]
     for name in (least, ALONE, *given.curvatures):
-        row: list[Any] = [classes, name, f"{passes.get(name, 0):g}"]
-        row += [f"{given.images / taken[name]:,.0f}", f"{taken[name] / taken[least]:.2f}"]
-        print("| " + " | ".join(map(str, row + memory[name])) + " |", flush=True)
+        speed = f"{given.images / taken[name]:,.0f}", f"{taken[name] / taken[least]:.2f}"
+        row(classes, name, f"{passes.get(name, 0):g}", *speed, *memory[name])
 
 
 def rise(work: Callable[[int], None], count: int) -> int:
@@ -114,8 +111,8 @@ def pixels(backbone: Backbone, count: int, folder: Path) -> Stored:
     generator, seen = torch.Generator().manual_seed(0), backbone.preprocessing.shape
 
     def make(put: Put) -> Report:
-        for row in range(count):
-            put(row, torch.randint(0, 256, seen, generator=generator, dtype=torch.uint8))
+        for place in range(count):
+            put(place, torch.randint(0, 256, seen, generator=generator, dtype=torch.uint8))
         return Report({})
 
     return stored(folder, "", torch.Size((count, *seen)), make)

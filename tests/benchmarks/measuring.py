@@ -12,11 +12,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch
 
 from fedcompo.runtime import peak_bytes
 
@@ -64,11 +66,17 @@ def options(doc: str | None) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser, **toy: Any) -> argparse.Namespace:
-    """Parse the command line; ``--toy`` has these values in place of the defaults."""
+    """Parse the command line; ``--toy`` has these values in place of the defaults.
+
+    A folder to work in is made.
+    """
     parser.add_argument("--toy", action="store_true", help="a test of this script, in seconds")
     if "--toy" in sys.argv:
         parser.set_defaults(**toy)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if getattr(given, "folder", None):
+        Path(given.folder).mkdir(parents=True, exist_ok=True)
+    return given
 
 
 def row(*cells: object) -> None:
@@ -79,6 +87,22 @@ def head(*columns: str, text: int = 1) -> None:
     """Print the head of a table whose first columns are text, and the others numbers."""
     row(*columns)
     print("|---" * text + "|--:" * (len(columns) - text) + "|")
+
+
+def kept_for_backward(step: Callable[[], object]) -> dict[int, int]:
+    """Bytes of each piece of memory that a step keeps for its backward pass, by its place."""
+    sizes: dict[int, int] = {}
+    alive = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)  # else its memory would be used, and counted, again
+        memory = tensor.untyped_storage()
+        sizes[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sizes
 
 
 def run(

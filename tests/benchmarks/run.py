@@ -27,13 +27,8 @@ from fedcompo.runtime import installed_versions
 FOLDER = Path(__file__).parent
 PARTS = "run", "measuring", "hostile", "merges_of_others", "registry_workload"
 BENCHMARKS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*PARTS, "server_memory_clients"})
-TOY = {
-    "deployment_phases": None,
-    "describe": "--images 16 --rounds 1 --classes 3 9",
-    "scale": "--members 3 --scale tiny --only list",
-    "training_step": "--batches 2 --rounds 1",
-}
-"""Arguments of those without ``--toy``; None: left out, since it starts machines."""
+NO_TOYS = ("deployment_phases",)
+"""Those that start machines."""
 LAST = 3000
 """Characters of what a failed one printed."""
 
@@ -46,7 +41,7 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := sorted(set(given.names) - set(BENCHMARKS)):
         parser.error(f"no benchmark is named {', '.join(unknown)}: {', '.join(BENCHMARKS)}.")
-    names = given.names or [n for n in BENCHMARKS if not (given.toy and TOY.get(n, "") is None)]
+    names = given.names or [n for n in BENCHMARKS if not (given.toy and n in NO_TOYS)]
     failed, parts = [], [f"# Benchmarks\n\n{machine()}\n"]
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name} ", end="", flush=True)
@@ -97,8 +92,7 @@ def in_a_process(name: str) -> tuple[str, bool]:
 def at_toy_size(name: str) -> tuple[str, bool]:
     torch.set_num_threads(1)
     try:
-        words = (TOY.get(name) or "--toy").split()
-        return run_here([str(FOLDER / f"{name}.py"), *words]).text, True
+        return run_here([str(FOLDER / f"{name}.py"), "--toy"]).text, True
     except Exception:
         return traceback.format_exc()[-LAST:], False
 

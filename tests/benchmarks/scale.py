@@ -2,7 +2,6 @@
 
     python tests/benchmarks/scale.py
     python tests/benchmarks/scale.py --members 4 64 500 --scale vit-ti --classes 1000 --own 0
-    python tests/benchmarks/scale.py --members 3 --scale tiny
 
 Task vectors are LoRAs with random values, of rank 2 on the embedded backbone, else of rank 16. Each
 command is a process of its own; ``import`` is what a command costs that does nothing. CPU seconds
@@ -13,21 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-# Nothing large is imported here: a process starts with its parent's peak memory.
+from measuring import head, options, parsed, row, run
 
 FEDCOMPO = "-m", "fedcompo.cli"
 MEGABYTE = 1e6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--members", type=int, nargs="+", default=[10, 100, 1000, 3000])
     parser.add_argument("--classes", type=int, default=200, help="of all clients together")
     parser.add_argument("--own", type=int, default=2, help="classes of a client; 0: all")
@@ -36,11 +31,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="some of the commands")
     parser.add_argument("--folder", help="where to work, and what to go on with")
     parser.add_argument("--fill", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parsed(parser, members=[3], scale="tiny", only=["list"])
     if given.fill:
         fill(given.fill)
         return
-    print("| members | command | seconds | CPU seconds | peak MB |\n|--:|---|--:|--:|--:|")
+    head("members", "command", "seconds", "CPU seconds", "peak MB", text=2)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or scratch
         for members in sorted(given.members):
@@ -49,9 +44,9 @@ def main() -> None:
             lines = commands(Path(folder), members)
             for command in ["fill", *(given.only or lines)]:
                 line = lines.get(command, (__file__, "--fill", json.dumps(job)))
-                seconds, cpu, peak = measured(*line)
-                row = f"{command} | {seconds:.2f} | {cpu:.2f} | {peak / MEGABYTE:.0f}"
-                print(f"| {members} | {row} |", flush=True)
+                taken = run(*line, here=given.toy, OMP_NUM_THREADS="1")
+                peak = f"{taken.peak / MEGABYTE:.0f}"
+                row(members, command, f"{taken.seconds:.2f}", f"{taken.cpu:.2f}", peak)
 
 
 def fill(values: str) -> None:
@@ -74,23 +69,6 @@ def commands(folder: Path, members: int) -> dict[str, tuple[str, ...]]:
         "compose": (*FEDCOMPO, "compose", "-o", output, *at),
         "remove": (*FEDCOMPO, "remove", f"client-{members - 1:03d}", "--yes", *at),
     }
-
-
-def measured(*arguments: str) -> tuple[float, float, int]:
-    """Run Python; return its seconds, its CPU seconds and its peak memory in bytes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as said:
-        began = time.perf_counter()
-        process = subprocess.Popen(
-            (sys.executable, *arguments), env=environment, stdout=said, stderr=said
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{arguments} failed: {said.read().decode()[-2000:]}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import statistics
 import time
 
 import torch
-from measuring import head, options, parsed, row
+from measuring import head, kept_for_backward, options, parsed, row
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -81,20 +81,10 @@ class Steps:
         return time.perf_counter() - began
 
     def held(self, way: str) -> int:
-        """Bytes kept for the backward pass; each piece of memory counts once."""
+        """Bytes kept for the backward pass."""
         weights = [*self.backbone.model.parameters(), *self.tau.values()]
         known = {weight.untyped_storage().data_ptr() for weight in weights}
-        sizes: dict[int, int] = {}
-        alive = []
-
-        def note(tensor: Tensor) -> Tensor:
-            alive.append(tensor)  # else its memory would be used, and counted, again
-            memory = tensor.untyped_storage()
-            sizes[memory.data_ptr()] = memory.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.take(way)
+        sizes = kept_for_backward(lambda: self.take(way))
         return sum(size for place, size in sizes.items() if place not in known)
 
 

@@ -16,7 +16,6 @@ backward pass, beside the pre-trained weights, and the state of the optimiser.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
@@ -26,6 +25,7 @@ from dataclasses import replace
 import peft
 import torch
 import torch.nn.functional as F
+from measuring import head, kept_for_backward, options, parsed, row
 from torch import Tensor, nn
 
 from fedcompo.backbone.backbone import Backbone, load_backbone
@@ -117,18 +117,8 @@ def plain_step(backbone: Backbone, config: TrainConfig) -> tuple[Step, torch.opt
 
 
 def held(step: Step, optimiser: torch.optim.Optimizer, weights: set[int], batch: tuple) -> int:
-    """Bytes kept for the backward pass, each piece of memory once, and AdamW's."""
-    sizes: dict[int, int] = {}
-    alive = []
-
-    def note(tensor: Tensor) -> Tensor:
-        alive.append(tensor)  # else its memory would be used, and counted, again
-        memory = tensor.untyped_storage()
-        sizes[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step(*batch)
+    """Bytes kept for the backward pass, and AdamW's."""
+    sizes = kept_for_backward(lambda: step(*batch))
     trained = (p for group in optimiser.param_groups for p in group["params"])
     weights = weights | {p.untyped_storage().data_ptr() for p in trained}
     states = (t for state in optimiser.state.values() for t in state.values())
@@ -137,7 +127,7 @@ def held(step: Step, optimiser: torch.optim.Optimizer, weights: set[int], batch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--backbone", default="embedded")
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--image-size", type=int, default=0)
@@ -146,13 +136,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
-    given = parser.parse_args()
+    given = parsed(parser, batches=[2], rounds=1)
     chosen = BackboneConfig(given.backbone, given.checkpoint, given.image_size)
     backbone = load_backbone(chosen, given.device)
     shape = backbone.preprocessing.shape
     print(f"{given.backbone}, images of {shape}, {given.device}, {given.precision}\n")
-    print("| batch | step | seconds | times PEFT | held, MB | times PEFT |")
-    print("|---|---|---|---|---|---|")
+    head("batch", "step", "seconds", "times PEFT", "held, MB", "times PEFT", text=2)
     precision = Precision(given.precision)
     train = TrainConfig(augmentation=Augmentation.NONE, precision=precision)
     for size in given.batches:
@@ -189,11 +178,8 @@ def report(
             seconds[way].append((time.perf_counter() - began) / STEPS)
     for way in steps:
         ratios = [own / base for own, base in zip(seconds[way], seconds["PEFT"], strict=True)]
-        print(
-            f"| {size} | {way} | {statistics.median(seconds[way]):.4f} "
-            f"| {statistics.median(ratios):.2f} | {kept[way] / 1e6:.1f} "
-            f"| {kept[way] / kept['PEFT']:.2f} |"
-        )
+        taken = f"{statistics.median(seconds[way]):.4f}", f"{statistics.median(ratios):.2f}"
+        row(size, way, *taken, f"{kept[way] / 1e6:.1f}", f"{kept[way] / kept['PEFT']:.2f}")
 
 
 if __name__ == "__main__":

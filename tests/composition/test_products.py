@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcompo.composition import fixed_point, products
-from fedcompo.composition.fixed_point import LARGEST, Rounding, Term
+from fedcompo.composition.fixed_point import LARGEST, Term
+from fedcompo.composition.lengths import Rounding
 from fedcompo.composition.products import BITS, GRID, UNSURE, Factors
 from fedcompo.config.choices import Kind
 from fedcompo.errors import ContributionError

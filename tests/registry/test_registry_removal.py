@@ -19,7 +19,7 @@ from registry_builders import (
     three_clients,
 )
 
-from fedcompo.composition import fixed_point
+from fedcompo.composition import lengths
 from fedcompo.composition.settings import CompositionSettings
 from fedcompo.config.choices import Coefficients, Kind
 from fedcompo.errors import ContributionError
@@ -188,7 +188,7 @@ def test_the_composition_until_now_is_kept_on_request_where_none_are_kept_otherw
 
 def test_who_cancelled_out_in_the_sum_can_leave_too(tmp_path, monkeypatch):
     """The survivors' sum alone would not be let in; what is left of it is exact all the same."""
-    monkeypatch.setattr(fixed_point, "LONGEST", math.inf)
+    monkeypatch.setattr(lengths, "LONGEST", math.inf)
     clients = [
         replace(
             member(name, Kind.FULL, seed=seed, num_examples=3100),

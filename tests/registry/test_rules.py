@@ -19,7 +19,7 @@ from registry_builders import (
     tangents,
 )
 
-from fedcompo.composition import fixed_point
+from fedcompo.composition.lengths import squared_length
 from fedcompo.composition.models import factor_of, stream_composition
 from fedcompo.composition.rules import Changes, Rule, parse_rule
 from fedcompo.composition.rules.parsing import RULES
@@ -83,7 +83,7 @@ def test_a_rule_says_the_factor_or_keeps_the_length(tmp_path):
     assert (fixed.factor, fixed.state.factor_by, fixed.scale) == (0.3, "rule", 0.6)
     assert (record.factor_before, record.factor_after) == (0.3, 0.3)
     ties = registry_of(tmp_path / "ties", *one_of_each_kind(), settings=by("ties"))
-    squares = [fixed_point.squared_length(ties.total()[name]) for name in ties.total()]
+    squares = [squared_length(ties.total()[name]) for name in ties.total()]
     mean_square = sum(own.squared_norm for own in ties.state.members.values()) / 3
     assert ties.factor == pytest.approx((mean_square / sum(squares)) ** 0.5, rel=1e-3)
     assert registry_of(

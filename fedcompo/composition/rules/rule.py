@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fedcompo.composition import fixed_point
-from fedcompo.composition.fixed_point import BITS, CEILING, GRID, Rounding, Term
+from fedcompo.composition.fixed_point import BITS, CEILING, GRID, Term
+from fedcompo.composition.lengths import Rounding, squared_length
 from fedcompo.errors import ContributionError, blaming
 from fedcompo.method.contribution import Contribution
 from fedcompo.method.fisher import FisherDiagonal
@@ -61,7 +62,7 @@ class Changes:
                 owner = f"client {own.client!r}"
                 values = fixed_point.rounded(own.task_vector, self.name, self.weight, owner=owner)
             if self.squares is not None:
-                self.squares[own.client] = fixed_point.squared_length(values)
+                self.squares[own.client] = squared_length(values)
             yield own, values
 
     def __len__(self) -> int:
