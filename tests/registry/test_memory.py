@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from builders import PATTERNS, PICO_ARGS, contribution, random_head, random_sums
-from failing_disk import PATIENCE, PROCESSES
+from failing_disk import PATIENCE
 from timm.models.vision_transformer import VisionTransformer
 
 from fedcompo.backbone.backbone import Backbone, target_weights
@@ -18,6 +19,7 @@ from fedcompo.registry.registry import Registry
 from fedcompo.runtime import peak_bytes, reset_peak
 from fedcompo.storage import tensorfile
 
+PROCESSES = multiprocessing.get_context("spawn")  # which reads the allocator's options
 WIDTH, DEPTH = 192, 16
 LARGEST = 8 * WIDTH * 4 * WIDTH
 """Bytes of the largest weight, as whole numbers of 64 bits."""
