@@ -114,14 +114,14 @@ def figures_of(results: Any) -> Any:
 def nearly(figures: Any, name: str = "") -> Any:
     """The same figures with their floats to be compared as another processor rounds them.
 
-    Without vector instructions, the same processor gave all accuracies and settings alike, traces,
-    norms and losses within 7e-6, and products of different clients' vectors within 1e-11. An
-    accuracy may differ by one image of 88.
+    A processor without AVX-512 gave all accuracies and settings as one with it, losses and norms
+    within 1.1e-5, errors by a smaller form of the Fisher within 1.1e-4, overlaps of Fishers within
+    2.7e-4. An accuracy may differ by one image of 88.
     """
     if isinstance(figures, dict):
         return {key: nearly(value, key) for key, value in figures.items()}
     if isinstance(figures, list):
         return [nearly(value, name) for value in figures]
     if isinstance(figures, float):
-        return pytest.approx(figures, rel=1e-4, abs=0.012 if name.endswith("accuracy") else 1e-9)
+        return pytest.approx(figures, rel=1e-3, abs=0.012 if name.endswith("accuracy") else 1e-9)
     return figures
