@@ -30,8 +30,8 @@ from fedcompo.training.probing import fisher_of_images
 
 MEASURED = 0.1
 """Seconds of the forward passes of a batch; the other steps take a few times as long."""
-STARTS = 28.0
-"""Seconds until Flower's engine and the processes of its clients have started."""
+STARTS = 20.0
+"""Seconds until Flower's engine and the processes of its clients have started, and ended."""
 MESSAGE = 0.1
 """Seconds that the engine takes for a request and its answer."""
 ENGINE_BYTES = 150_000_000
