@@ -58,15 +58,14 @@ def test_tangent_steps_agree_and_hold_less_than_a_full_one(sections):
     assert float(section.rpartition("differ by ")[2].partition(",")[0]) < 1e-5
 
 
-def test_describing_is_set_beside_a_forward_pass_by_curvature_and_classes(sections):
+def test_describing_is_set_beside_a_forward_pass_by_curvature(sections):
     _, *found = rows(sections["describe"])
     assert [row[:3] for row in found] == [
-        [classes, what, passes]
-        for classes, exact in (("3", "2"), ("9", "8"))
+        ["3", what, passes]
         for what, passes in (
             ("bare forward pass 16", "0"),
             ("describe without Fisher", "0"),
-            *(("features", "1"), ("exact", exact), ("monte-carlo", "4")),
+            *(("features", "1"), ("exact", "2"), ("monte-carlo", "4")),
         )
     ]
     assert found[0][4] == "1.00"

@@ -47,8 +47,7 @@ def main() -> None:
             start = federation.home(FLOWERS) / "start"
             start.write_text(start.read_text().replace(NODE, "flower-supernode"))
             federation.start_server()
-            for client in images:
-                federation.start_client(client)
+            federation.start_clients(images)
             for _ in range(given.runs):
                 done = federation.run(settings)
                 assert done.code == 0, done.said

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     parser.add_argument("--cpu", action="store_true", help="seconds of the CPU; with one thread")
-    given = parsed(parser, images=16, rounds=1, classes=[3, 9])
+    given = parsed(parser, images=16, rounds=1, classes=[3])
     torch.set_num_threads(given.threads or torch.get_num_threads())
     config = BackboneConfig(given.backbone, given.checkpoint, given.image_size)
     backbone = load_backbone(config)

@@ -298,7 +298,7 @@ def test_shadows_are_asked_as_linearised_models(tmp_path):
     (data,) = clients_data(RunConfig().data, backbone(), seed=0, wanted=("client-1",))
     training = ClientTraining.of(registry, "client-1", backbone())
     head = registry.joint_head()
-    shadows = train_shadows(registry, training, data, head, count=4, seed=0)
+    shadows = train_shadows(registry, training, data, head, count=2, seed=0)
     images, labels = all_images(data)
     other, own = registry.pool()
     for index, chosen in enumerate(shadows.trained_on):

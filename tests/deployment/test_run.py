@@ -47,8 +47,7 @@ def federation(
     folder = tmp_path_factory.mktemp("federation")
     with deployed(folder, {client: hospitals / client for client in TWO}) as started:
         started.start_server()
-        for client in TWO:
-            started.start_client(client)
+        started.start_clients(TWO)
         yield started
 
 

@@ -6,8 +6,7 @@ namespaces are not allowed, all of them share the loopback of this machine, with
     images = digits_as_folders(folder, {"a": (0, 1), "b": (2, 3)}, training=10, test=12)
     with deployed(tmp_path / "federation", images) as federation:
         federation.start_server()
-        federation.start_client("a")
-        federation.start_client("b")
+        federation.start_clients("ab")
         done = federation.run({"seed": 1, "local-epochs": 1})
         assert done.code == 0, done.said
         done.results["class_il_accuracy"]
@@ -27,7 +26,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,10 +125,16 @@ class DeployedFederation:
         self.clients[name] = client
         return client
 
+    def start_clients(self, names: Iterable[str]) -> None:
+        """Start clients side by side; returns when the SuperLink has let all of them in."""
+        begun = {name: self.start(name, *self.unprivileged, "./start") for name in names}
+        for name, client in begun.items():
+            _answered(client)
+            assert LET_IN in client.said, f"{name} was not let in:\n{client.said}"
+        self.clients |= begun
+
     def _try_to_start(self, name: str) -> Started:
-        client = self.start(name, *self.unprivileged, "./start")
-        until(lambda: LET_IN in client.said or not client.alive, START_SECONDS, client)
-        return client
+        return _answered(self.start(name, *self.unprivileged, "./start"))
 
     @property
     def unprivileged(self) -> Sequence[str]:
@@ -184,6 +189,12 @@ class DeployedFederation:
                 if mark in (process / "environ").read_bytes().split(b"\0"):
                     found.append(int(process.name))
         return found
+
+
+def _answered(client: Started) -> Started:
+    """Wait until a client was let in, or has ended."""
+    until(lambda: LET_IN in client.said or not client.alive, START_SECONDS, client)
+    return client
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["pytest", "fedcompo.data.client_data", "fedcompo.registry.registry"]
+    ["pytest", "timm", "fedcompo.data.client_data", "fedcompo.registry.registry"]
 )
 PATIENCE = 300.0
 """Seconds after which a process counts as stuck."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -79,8 +80,8 @@ def create(path: Path, listener: Listener) -> None:
         Registry.create(path / "registry", made)
 
 
-def deaths(action: Callable[[Path, Listener], None], folder: Path) -> None:
-    """Die at the first operation, at the second, and so on until one lives: a fork for each."""
+def deaths(action: Callable[[Path, Listener], None], folder: Path, step: int) -> None:
+    """Die at the first operation, at one some steps later, until one lives: a fork for each."""
     codes: list[int] = []
     gc.disable()
     gc.freeze()
@@ -88,7 +89,7 @@ def deaths(action: Callable[[Path, Listener], None], folder: Path) -> None:
         path = folder / str(len(codes) + 1)
         shutil.copytree(folder / "old", path, symlinks=True)
         if (child := os.fork()) == 0:
-            action(path, Death(len(codes) + 1))
+            action(path, Death(len(codes) * step + 1))
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     (folder / "codes.json").write_text(json.dumps(codes))
@@ -145,6 +146,12 @@ class Scene:
         return "new" if found == self.new else "old"
 
 
+@pytest.fixture
+def step(request) -> int:
+    """Of how many operations one is tried; of all with ``--slow``."""
+    return 1 if request.config.getoption("--slow") else 2
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     return functools.cache(lambda change: Scene(tmp_path_factory.mktemp(change), change))
@@ -159,16 +166,16 @@ def scene(request, scenes, tmp_path):
 
 
 def points(folder: Path) -> list[int]:
-    """Numbers of the operations that killed, and one more, for the process that lived."""
+    """Numbers of the processes that were killed, and of the one that lived."""
     *codes, last = json.loads((folder / "codes.json").read_text())
     assert set(codes) == {-signal.SIGKILL} and last == 0
     return list(range(1, len(codes) + 2))
 
 
-def test_killed_at_any_operation_leaves_the_old_state_or_the_new(scene):
-    assert process(deaths, partial(quickly, scene.change), scene.folder) == 0
+def test_killed_at_any_operation_leaves_the_old_state_or_the_new(scene, step):
+    assert process(deaths, partial(quickly, scene.change), scene.folder, step) == 0
     numbers = points(scene.folder)
-    assert len(numbers) > 30
+    assert len(numbers) > 30 / step
     outcomes = [scene.outcome(scene.folder / str(number)) for number in numbers]
     assert outcomes == sorted(outcomes, key=["old", "new"].index)  # it happens at one moment
     assert outcomes[0] == "old" and outcomes[-1] == "new"
@@ -181,12 +188,12 @@ def test_killed_at_any_operation_leaves_the_old_state_or_the_new(scene):
         assert after[0] == before[0] and same_bits(after[1], before[1])
 
 
-def test_killed_while_it_is_made_leaves_no_registry_or_a_whole_one(tmp_path):
+def test_killed_while_it_is_made_leaves_no_registry_or_a_whole_one(tmp_path, step):
     (tmp_path / "old").mkdir()
     expected = registry_of(tmp_path / "expected").state.root
-    assert process(deaths, create, tmp_path) == 0
+    assert process(deaths, create, tmp_path, step) == 0
     numbers = points(tmp_path)
-    assert len(numbers) > 20
+    assert len(numbers) > 20 / step
     paths = [tmp_path / str(number) / "registry" for number in numbers]
     made = [path.exists() for path in paths]
     assert made == sorted(made) and not made[0] and made[-1]
@@ -199,10 +206,10 @@ def test_killed_while_it_is_made_leaves_no_registry_or_a_whole_one(tmp_path):
 # -- full disks, and broken ones ------------------------------------------------------------------
 
 
-def failures(change: Callable[[Registry], None], folder: Path, full: bool) -> None:
-    """Fail at every operation in turn; writes down what was said, and what failed."""
+def failures(change: Callable[[Registry], None], folder: Path, full: bool, step: int) -> None:
+    """Fail at one operation after the other; writes down what was said, and what failed."""
     told = []
-    for point in range(1, NEVER):
+    for point in range(1, NEVER, step):
         path = folder / f"failed-{point}"
         shutil.copytree(folder / "old", path, symlinks=True)
         failing, message = Failing(point, full=full), ""
@@ -223,10 +230,10 @@ def failures(change: Callable[[Registry], None], folder: Path, full: bool) -> No
     indirect=["scene"],
     ids=["one operation fails", "the disk is full"],
 )
-def test_a_failing_disk_leaves_the_old_state_or_the_new_and_says_so(scene, full):
-    assert process(failures, scene.change, scene.folder, full) == 0
+def test_a_failing_disk_leaves_the_old_state_or_the_new_and_says_so(scene, full, step):
+    assert process(failures, scene.change, scene.folder, full, step) == 0
     told = json.loads((scene.folder / "told.json").read_text())
-    assert len(told) > 30
+    assert len(told) > 30 / step
     for name, operation, message, tidy in told:
         assert tidy, operation
         outcome = scene.outcome(scene.folder / name)
@@ -266,18 +273,21 @@ def test_what_was_synced_is_enough_at_any_moment(scene):
 # -- readers --------------------------------------------------------------------------------------
 
 
-def reading(change: Callable[[Registry], None], path: Path) -> None:
-    """Before every operation of a change, look at the registry as another process would."""
-    found = []
+def reading(change: Callable[[Registry], None], path: Path, step: int) -> None:
+    """Before operations of a change, look at the registry as another process would."""
+    found, counted = [], itertools.count()
     early = Registry(path)  # opened before, and not told of the change
 
     def look(operation: str, half: Callable[[], object]) -> None:
+        if next(counted) % step:
+            return
         try:
             found.append((operation, description(Registry(path)), described(early)))
         except FedcompoError as error:
             found.append((operation, repr(error), ""))
 
     quickly(change, path, look)
+    counted = itertools.repeat(0)
     look("the end", lambda: None)
     (path.parent / "found.json").write_text(json.dumps(found))
 
@@ -305,9 +315,9 @@ def description(registry: Registry) -> str:
 
 
 @pytest.mark.parametrize("scene", ["replace", "remove"], indirect=True)
-def test_a_reader_sees_the_old_state_or_the_new_at_every_moment(scene):
+def test_a_reader_sees_the_old_state_or_the_new_at_every_moment(scene, step):
     known = [description(Registry(scene.folder / name)) for name in ("old", "new")]
-    assert process(reading, scene.change, scene.copy("read")) == 0
+    assert process(reading, scene.change, scene.copy("read"), step) == 0
     found = json.loads((scene.folder / "found.json").read_text())
     seen = [known.index(now) for _, now, _ in found if now in known]
     assert len(seen) == len(found), [(o, now) for o, now, _ in found if now not in known]
@@ -316,14 +326,13 @@ def test_a_reader_sees_the_old_state_or_the_new_at_every_moment(scene):
     assert patient <= {known[0], "try again"}
 
 
-def recovering(path: Path) -> None:
+def recovering(path: Path, step: int) -> None:
     """The same while a dead writer's change is completed, which happens on opening."""
-    found = []
+    found, counted = [], itertools.count()
 
     def look(operation: str, half: Callable[[], object]) -> None:
-        if (
-            operation == f"open {path / 'lock'}"
-        ):  # not held yet: the reader itself would complete it
+        # With the lock not held yet, the reader itself would complete it.
+        if operation == f"open {path / 'lock'}" or next(counted) % step:
             return
         try:
             found.append((operation, description(Registry(path))))
@@ -337,12 +346,12 @@ def recovering(path: Path) -> None:
 
 @pytest.mark.parametrize("done", ["pending/commit", "pending/state.json"])
 @pytest.mark.parametrize("scene", ["replace", "remove"], indirect=True)
-def test_a_reader_sees_a_whole_state_while_a_dead_writers_change_is_completed(scene, done):
+def test_a_reader_sees_a_whole_state_while_a_dead_writers_change_is_completed(scene, done, step):
     known = [description(Registry(scene.folder / name)) for name in ("old", "new")]
     path = scene.copy("left")
     assert process(quickly, scene.change, path, DeathAfter(done)) == -signal.SIGKILL
-    assert process(recovering, path) == 0
+    assert process(recovering, path, step) == 0
     found = json.loads((scene.folder / "found.json").read_text())
-    assert len(found) > 10
+    assert len(found) > 10 / step
     assert [(operation, seen) for operation, seen in found if seen not in known] == []
     assert scene.outcome(path) == "new"

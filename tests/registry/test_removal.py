@@ -168,13 +168,12 @@ def test_an_unsigned_record_and_one_signed_by_others_do_not_hold(keys, tmp_path)
     )
 
 
-def test_every_changed_bit_is_refused(keys):
+def test_a_changed_bit_is_refused_wherever_it_is(keys):
     data = old(keys).text.encode()
     for position in range(len(data)):
-        for bit in range(8):
-            changed = bytearray(data)
-            changed[position] ^= 1 << bit
-            assert not holds(bytes(changed), keys[1]), (position, bit)
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        assert not holds(bytes(changed), keys[1]), position
 
 
 STRANGE = (None, [], {}, ["a"], {"a": 1}, 3, 1.5, "t", True, math.nan, 10**30, [[["x"]]])
