@@ -55,17 +55,12 @@ class Rounding:
             hash_rounded(self._digest, name, values)
         self.lengthen(name, squared_length(values), weight)
 
-    def lengthen(self, name: str, squared: float, weight: Tensor, *, margin: float = 0.0) -> None:
-        """Take in the squared length of one weight's change, known but for this share of it.
-
-        Raises:
-            ContributionError: If a newcomer's could be longer than :data:`LONGEST` times the
-                weight.
-        """
+    def lengthen(self, name: str, squared: float, weight: Tensor) -> None:
+        """Take in the squared length of one weight's change; raises as :meth:`update` does."""
         self.squared += squared
         if not self._newcomer:
             return
-        if not (length := math.sqrt(squared)) <= (1 - margin) * LONGEST * float(weight.norm()):
+        if not (length := math.sqrt(squared)) <= LONGEST * float(weight.norm()):
             raise ContributionError(  # also if the weight's norm is not a number
                 f"The task vector of client {self._newcomer!r} has norm {length:.3g} at {name!r}, "
                 f"more than {LONGEST:g} times that of the weight itself. Its training diverged: "

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedcompo.composition.fixed_point import rounded
-from fedcompo.composition.lengths import NEAR, Rounding, squared_near
+from fedcompo.composition.lengths import Rounding, squared_near
 from fedcompo.config.choices import Method, Statistics
 from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import ContributionError, FileFormatError
@@ -90,7 +90,7 @@ def check_change(client: str, own: Known, company: Company, *, empty: bool) -> N
         company.removed.refuse(client, "task vector", own.rounded_sha256)
 
 
-def outliers(newcomers: Iterable[str], company: Company, *, margin: float = 0.0) -> dict[str, str]:
+def outliers(newcomers: Iterable[str], company: Company) -> dict[str, str]:
     r"""Find newcomers whose :math:`\lVert\tau_c\rVert` exceeds a multiple of what is usual.
 
     The multiple is ``max-norm-ratio``; 0: none is refused. Members whose length is not known do not
@@ -99,15 +99,13 @@ def outliers(newcomers: Iterable[str], company: Company, *, margin: float = 0.0)
     Args:
         newcomers: Clients of the company that may be refused.
         company: Everyone, the newcomers too.
-        margin: Share by which a length may exceed it further: whom a run let in by lengths that
-            are near is not refused by those on the grid.
 
     Returns:
         The reason to refuse the task vector, by client.
     """
     ratio, known = company.settings.max_norm_ratio, company.members
     norms = {client: own.norm for client, own in known.items() if own.norm is not None}
-    usual = beyond(norms, ratio * (1 + margin)) if ratio else {}
+    usual = beyond(norms, ratio) if ratio else {}
     return {
         client: (
             f"The task vector of client {client!r} has norm {norms[client]:.3g}, more than "
@@ -213,6 +211,8 @@ def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
 def rounding_of(client: str, vector: TaskVector, company: Company) -> Rounding:
     """Return the length of a task vector that fits, and its digest where one is compared with.
 
+    Without a digest the length is near that on the grid, by which a registry decides at last.
+
     Raises:
         ContributionError: If it is far longer than the weights: its training diverged.
     """
@@ -228,7 +228,7 @@ def rounding_of(client: str, vector: TaskVector, company: Company) -> Rounding:
         return name, squared_near(vector, name, weights[name], owner=owner)
 
     for name, squared in in_order(length, names):
-        rounding.lengthen(name, squared, weights[name], margin=NEAR)
+        rounding.lengthen(name, squared, weights[name])
     return rounding
 
 

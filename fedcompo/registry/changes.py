@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fedcompo.composition.claims import capped
-from fedcompo.composition.lengths import NEAR
 from fedcompo.composition.settings import MEAN
 from fedcompo.data.tasks import shard_of, whole_of
 from fedcompo.errors import ConfigError, ContributionError, blaming
@@ -84,7 +83,7 @@ def add(
             with blaming(client):
                 check_change(client, own, company, empty=empty)
             company = company.joined({client: own})
-        for client, reason in outliers(coming, company, margin=10 * NEAR).items():
+        for client, reason in outliers(coming, company).items():
             with blaming(client):
                 raise ContributionError(reason)
         events = [("removed", details) for details in left]

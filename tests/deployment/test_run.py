@@ -230,6 +230,7 @@ def test_one_process_imports_for_all_phases_of_a_client_also_after_one_that_fail
         assert said.count(" is ready: ") == 1, said
 
 
+@pytest.mark.slow  # a quarter of a minute
 def test_a_run_that_waits_says_so_and_ends_with_its_command(
     federation: DeployedFederation, done: Finished
 ) -> None:
