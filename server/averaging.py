@@ -176,7 +176,7 @@ class Averaging:
         answer = AveragingAnswer.from_body(body)
         vector = TaskVector(answer.kind, answer.task_vector, answer.base)
         company, owner = self.roster.others(), f"client {client!r}"
-        vector.check(company.shapes, base=company.base, owner=owner)
+        vector.check_names(company.shapes, base=company.base, owner=owner)
         rounding_of(client, vector, company)
         shapes = {name: tensor.shape for name, tensor in answer.tensors.items()}
         if shapes != self._shapes:

@@ -86,8 +86,18 @@ class TaskVector:
         """Refuse an owner's task vector that cannot be added to these weights of a base.
 
         Raises:
+            BackboneMismatch, ContributionError: As :meth:`check_names` and :meth:`checked` do.
+        """
+        self.check_names(theta_0, base=base, owner=owner)
+        for _ in in_order(lambda n: self.checked(n, theta_0[n], owner=owner), sorted(theta_0)):
+            pass
+
+    def check_names(self, theta_0: Weights, *, base: str, owner: str) -> None:
+        """Look at what needs no tensor.
+
+        Raises:
             BackboneMismatch: If it was trained on other pre-trained weights.
-            ContributionError: If names, shapes or dtypes do not fit or a value is out of range.
+            ContributionError: If it has other tensors than a change of these weights.
         """
         if self.base != base:
             raise BackboneMismatch(
@@ -95,45 +105,49 @@ class TaskVector:
                 "Use the same backbone everywhere, or train this client again."
             )
         wanted = {
-            f"{name}/{parameter}": shape
+            f"{name}/{parameter}"
             for name, weight in theta_0.items()
-            for parameter, shape in stored_shapes(self.kind, weight).items()
+            for parameter in stored_shapes(self.kind, weight)
         }
-        if differing := sorted(wanted.keys() ^ self.tensors.keys()):
+        if differing := sorted(wanted ^ self.tensors.keys()):
             raise ContributionError(
                 f"{owner} sent {len(self.tensors)} tensors of kind {self.kind}, expected "
                 f"{len(wanted)}; first difference: {differing[0]!r}. "
                 "Use the same `target-weights` everywhere."
             )
-        hint = "Its training diverged: lower `learning-rate`, or use `penalty = implicit`."
 
-        def look(name: str) -> None:
-            shape = wanted[name]
-            what, tensor = f"Tensor {name!r} of {owner}", self.tensors[name]
-            found = tuple(tensor.shape)
-            if len(found) != len(shape) or any(
-                size not in (None, own) for size, own in zip(shape, found, strict=True)
+    def checked(self, name: str, weight: Tensor, *, owner: str) -> TaskVector:
+        """Read the change of one weight, (out, in), which must fit it.
+
+        Raises:
+            ContributionError: If a shape or dtype does not fit or a value is out of range.
+        """
+        hint = "Its training diverged: lower `learning-rate`, or use `penalty = implicit`."
+        found = {}
+        for parameter, shape in stored_shapes(self.kind, weight).items():
+            tensor = found[f"{name}/{parameter}"] = self.tensors[f"{name}/{parameter}"]
+            what, own = f"Tensor '{name}/{parameter}' of {owner}", tuple(tensor.shape)
+            if len(own) != len(shape) or any(
+                size not in (None, length) for size, length in zip(shape, own, strict=True)
             ):
                 raise ContributionError(
-                    f"{what} has shape {found}, expected {shape} (None: any rank)."
+                    f"{what} has shape {own}, expected {shape} (None: any rank)."
                 )
             check_range(tensor, PARAMETER, what, hint=hint)
-
-        for _ in in_order(look, wanted):
-            pass
-        for name in self.names if self.kind is Kind.LORA else ():
-            rank_a, rank_b = self.tensors[f"{name}/A"].shape[0], self.tensors[f"{name}/B"].shape[1]
+        if self.kind is Kind.LORA:
+            rank_a, rank_b = found[f"{name}/A"].shape[0], found[f"{name}/B"].shape[1]
             if rank_a != rank_b:
                 raise ContributionError(
                     f"The factors of {name!r} of {owner} have ranks {rank_a} (A) and {rank_b} (B); "
                     "they must agree."
                 )
-            most = min(theta_0[name].shape)
+            most = min(weight.shape)
             if not 1 <= rank_a <= most:
                 raise ContributionError(
                     f"The factors of {name!r} of {owner} have the rank {rank_a}, expected 1 to "
                     f"{most}. Train it with another `rank`."
                 )
+        return TaskVector(self.kind, found, self.base)
 
 
 def weighted_sum(terms: Iterable[tuple[TaskVector, float]], name: str, weight: Tensor) -> Tensor:

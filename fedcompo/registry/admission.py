@@ -10,16 +10,13 @@ nobody trains in vain. What a contribution may cost follows from
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 
 from fedcompo.composition.fixed_point import rounded
 from fedcompo.composition.lengths import Rounding, squared_near
 from fedcompo.config.choices import Method, Statistics
 from fedcompo.data.tasks import shard_of, whole_of
-from fedcompo.errors import ContributionError, FileFormatError
+from fedcompo.errors import ContributionError
 from fedcompo.method.contribution import AnyStatistics, Contribution, counts_of
 from fedcompo.method.ranges import beyond
 from fedcompo.method.statistics import FeatureSums
@@ -29,7 +26,7 @@ from fedcompo.registry.company import LIMITS, Company, Known
 from fedcompo.registry.owners import check_owner
 from fedcompo.registry.removed import statistics_digest, vector_digest
 from fedcompo.runtime import in_order
-from fedcompo.storage.files import CARD, CONTENT, FISHER, canonical
+from fedcompo.storage.files import canonical
 
 
 def admit(contribution: Contribution, company: Company, *, empty: bool = False) -> Known:
@@ -41,10 +38,11 @@ def admit(contribution: Contribution, company: Company, *, empty: bool = False) 
     Raises:
         BackboneMismatch, ContributionError: As :func:`check_parts` and :func:`check_change` do.
     """
-    check_parts(contribution, company)
-    client = contribution.client
-    rounding = rounding_of(client, contribution.task_vector, company)
-    digest = vector_digest(contribution.task_vector, rounding)
+    _check_told(contribution, company)
+    client, vector = contribution.client, contribution.task_vector
+    vector.check_names(company.shapes, base=company.base, owner=f"client {client!r}")
+    rounding = rounding_of(client, vector, company)
+    digest = vector_digest(vector, rounding)
     known = Known(contribution.head.classes, math.sqrt(rounding.squared_norm), digest)
     check_change(client, known, company, empty=empty)
     return known
@@ -58,6 +56,13 @@ def check_parts(contribution: Contribution, company: Company) -> None:
         ContributionError: If its name, classes, task vector, head, statistics, counts, lineage,
             settings or Fisher cannot be used.
     """
+    _check_told(contribution, company)
+    owner = f"client {contribution.client!r}"
+    contribution.task_vector.check(company.shapes, base=company.base, owner=owner)
+
+
+def _check_told(contribution: Contribution, company: Company) -> None:
+    """The same of all but the task vector."""
     client, classes = contribution.client, contribution.head.classes
     owner = f"client {client!r}"
     _check_statements(contribution, owner)
@@ -66,7 +71,6 @@ def check_parts(contribution: Contribution, company: Company) -> None:
     contribution.head.check(classes, company.num_features, owner)
     if contribution.fisher is not None:
         contribution.fisher.check(company.shapes, owner=owner)
-    contribution.task_vector.check(company.shapes, base=company.base, owner=owner)
 
 
 def check_change(client: str, own: Known, company: Company, *, empty: bool) -> None:
@@ -209,23 +213,27 @@ def check_kind(own: AnyStatistics, expected: Statistics, owner: str) -> None:
 
 
 def rounding_of(client: str, vector: TaskVector, company: Company) -> Rounding:
-    """Return the length of a task vector that fits, and its digest where one is compared with.
+    """Return the length of a task vector, and its digest where one is compared with.
 
     Without a digest the length is near that on the grid, by which a registry decides at last.
+    Weights are read once, and checked.
 
     Raises:
-        ContributionError: If it is far longer than the weights: its training diverged.
+        ContributionError: If it does not fit, or is far longer than the weights: its training
+            diverged.
     """
     rounding = Rounding(client, hashed=company.removed.by_rounding)
     names, weights, owner = sorted(company.shapes), company.weights, f"client {client!r}"
     if company.removed.by_rounding:
         for name in names:
-            values = rounded(vector, name, weights[name], owner=owner)
+            own = vector.checked(name, weights[name], owner=owner)
+            values = rounded(own, name, weights[name], owner=owner)
             rounding.update(name, values, weights[name])
         return rounding
 
     def length(name: str) -> tuple[str, float]:
-        return name, squared_near(vector, name, weights[name], owner=owner)
+        own = vector.checked(name, weights[name], owner=owner)
+        return name, squared_near(own, name, weights[name], owner=owner)
 
     for name, squared in in_order(length, names):
         rounding.lengthen(name, squared, weights[name])
@@ -273,36 +281,3 @@ def _check_total(contribution: Contribution, owner: str) -> None:
             f"{owner} names {str(stated)[:40]} examples in all, and {counted} by class; expected "
             f"the same number, at most {LIMITS.examples}."
         )
-
-
-def stage_contribution(source: Contribution | Path, folder: Path) -> Contribution:
-    """Copy a contribution to a new folder and check every byte of the copy.
-
-    Args:
-        source: A contribution, or the folder of one; of that, only its own files are taken.
-        folder: Folder of the copy; must not exist.
-
-    Returns:
-        The staged contribution, streamed.
-
-    Raises:
-        FileFormatError: If a file is missing, truncated or altered.
-    """
-    if isinstance(source, Contribution):
-        source.save(folder)
-    else:
-        folder.mkdir(parents=True)
-        for name in (CONTENT, FISHER, CARD):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-                with (folder / name).open("rb") as copy:
-                    os.fsync(copy.fileno())
-    try:
-        staged = Contribution.open(folder, check=isinstance(source, Path))
-    except FileFormatError as error:
-        if isinstance(source, Path):  # name the file that will still be there
-            raise FileFormatError(str(error).replace(str(folder), str(source))) from error
-        raise
-    if staged.fisher is None:  # the card names none, so that one is not its own
-        (folder / FISHER).unlink(missing_ok=True)
-    return staged

@@ -29,10 +29,11 @@ from fedcompo.method.heads import Head, head_tensors
 from fedcompo.method.statistics import FeatureSums
 from fedcompo.names import check_client_name
 from fedcompo.registry import journal, transaction
-from fedcompo.registry.admission import check_parts, stage_contribution
+from fedcompo.registry.admission import check_parts
 from fedcompo.registry.company import Company
 from fedcompo.registry.reader import RegistryReader
 from fedcompo.registry.removed import Removed, vector_digest
+from fedcompo.registry.staging import stage_contribution
 from fedcompo.registry.state import Member, State
 from fedcompo.report.progress import step
 from fedcompo.storage.digests import tensor_digest

@@ -20,7 +20,7 @@ from fedcompo.config.run import RunConfig
 from fedcompo.data.checks import check_examples
 from fedcompo.data.client_data import folder_share
 from fedcompo.engine import launcher, resources, simulation
-from fedcompo.engine.estimate import Amount, Estimate, Pace, estimate
+from fedcompo.engine.estimate import STARTS, Amount, Estimate, Pace, estimate
 from fedcompo.engine.preflight import look
 from fedcompo.method.deltas import new_deltas
 from fedcompo.report.preflight import lines_on
@@ -233,7 +233,7 @@ def test_whoever_wants_to_start_anyway_can(images: Path, monkeypatch: pytest.Mon
 
 
 def test_bytes_and_seconds_are_those_of_a_run_that_was_measured() -> None:
-    """Of the default run, two at a time on two cores: 48 s from the command to the last line."""
+    """Of the default run, two at a time on two cores: 20 s beside the start of Flower's engine."""
     backbone, config = load_backbone(RunConfig().backbone), RunConfig()
     measured = Pace(forward=0.0008, fisher=0.006, step=0.0023, resident=10**9)
     amounts = [Amount(train=270, aside=27, test=90, classes=2, rate=9000.0)] * 5
@@ -241,7 +241,7 @@ def test_bytes_and_seconds_are_those_of_a_run_that_was_measured() -> None:
     assert made.sent == pytest.approx(554_168, rel=0.1)
     assert made.received == pytest.approx(14_262_976, rel=0.01)
     assert made.disk == pytest.approx(22_859_083, rel=0.2)
-    assert made.seconds == pytest.approx(48, rel=0.1)
+    assert made.seconds - STARTS == pytest.approx(20, rel=0.2)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "ia3"])
