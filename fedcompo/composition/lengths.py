@@ -125,5 +125,5 @@ def squared_near(vector: TaskVector, name: str, weight: Tensor, *, owner: str) -
 
 def _squared_on_grid(values: Tensor) -> float:
     """Squared length of values below 2^11, each rounded by adding."""
-    rounded = values.to(torch.float64, copy=True).view(-1).add_(CENTRE).sub_(CENTRE)
+    rounded = values.to(torch.float64, copy=True).reshape(-1).add_(CENTRE).sub_(CENTRE)
     return float(rounded.dot(rounded))

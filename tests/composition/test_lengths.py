@@ -48,6 +48,8 @@ def test_of_a_dense_change_it_is_the_same_float():
     vector = TaskVector(Kind.FULL, {f"{NAME}/delta": values}, "b")
     rounded = fixed_point.rounded(vector, NAME, values, owner=OWNER)
     assert near(vector, values) == lengths.squared_length(rounded)
+    turned = TaskVector(Kind.FULL, {f"{NAME}/delta": values.T.contiguous().T}, "b")
+    assert near(turned, values) == pytest.approx(near(vector, values), rel=1e-14)
 
 
 def test_factors_that_cancel_out_have_no_length():
