@@ -57,16 +57,16 @@ def _place(path: Path) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Tests of many minutes are asked for."""
-    parser.addoption("--slow", action="store_true", help="also run tests of many minutes")
+    """Long tests are asked for."""
+    parser.addoption("--slow", action="store_true", help="also run long tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the engine, which takes longest, and leave out what takes many minutes."""
+    """Begin with the engine, which takes longest, and leave out the slow ones."""
     items.sort(key=lambda item: _place(item.path) not in ENGINE)
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes many minutes; run with --slow"))
+            item.add_marker(pytest.mark.skip(reason="takes long; run with --slow"))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -27,7 +27,7 @@ LONGEST = 10.0
 NORM_DIGITS = 6
 """Significant digits of a task vector's squared length."""
 NEAR = 1e-6
-"""Share by which a :func:`squared_near` may be off."""
+"""Share by which :func:`squared_near` may be off."""
 _CANCELLED = 1e-3
 """Share of the largest sum that terms could make, below which their sum has lost digits."""
 _SMALL = 2.0**20 * GRID
@@ -102,16 +102,8 @@ def squared_length(values: Tensor) -> float:
 def squared_near(vector: TaskVector, name: str, weight: Tensor, *, owner: str) -> float:
     r"""Return the squared length of one weight's change, but for :data:`NEAR` of it on the grid.
 
-    It is 0 just where all of the change rounds to 0.
-
-    Args:
-        vector: Task vector.
-        name: Name of the weight.
-        weight: Its pre-trained value, (out, in).
-        owner: Whose task vector it is, for the error message.
-
-    Raises:
-        ContributionError: If a value is not finite, or too large to be rounded.
+    It is 0 just where all of the change rounds to 0. Arguments and errors are those of
+    :func:`~fedcompo.composition.fixed_point.rounded`.
     """
     change = change_of(vector, name, weight, owner)
     if isinstance(change, Factors):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_app import fedcompo, write_app
 
 from fedcompo import RunConfig, simulate
 from fedcompo.engine import launcher, run_folder, superlink
+from fedcompo.engine.log import EventTail
 from fedcompo.engine.superlink import MARKER
 from fedcompo.errors import ConfigError, LaunchError
 
@@ -127,6 +130,26 @@ def test_a_failed_run_gives_the_reason_once_and_the_end_of_the_log(tmp_path: Pat
         said = outcome(tmp_path, "finished:failed", details, reported)
         assert said.startswith("The run failed: no weights\n")
     assert "Flower says finished:stopped" in outcome(tmp_path, "finished:stopped")
+
+
+def test_a_run_is_over_when_the_server_says_so(tmp_path: Path) -> None:
+    """Its engine goes on: nothing of it has ended, and nothing is said about the run."""
+    tail = EventTail(tmp_path / "events.jsonl")
+    engine = SimpleNamespace(alive=True, hear=dict)
+    seen = []
+
+    def look() -> bool:
+        seen.extend(tail.read())
+        if seen:
+            event = "finished" if len(seen) > 1 else "phase-finished"
+            with (tmp_path / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"event": event}) + "\n")
+        else:
+            (tmp_path / "events.jsonl").write_text('{"event": "run"}\n')
+        return tail.finished
+
+    assert launcher._follow(engine, look, print) == ("finished:completed", "")
+    assert [event["event"] for event in seen] == ["run", "phase-finished", "finished"]
 
 
 # The real engine.
